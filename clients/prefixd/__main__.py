@@ -1,0 +1,5 @@
+import sys
+
+from prefixd.cli import main
+
+sys.exit(main())

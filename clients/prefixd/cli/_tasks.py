@@ -1,0 +1,201 @@
+"""Commands about tasks and the server: tasks, show, versions, activate, delete, info."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+from rich.prompt import Confirm
+from rich.table import Table
+from rich.text import Text
+
+from prefixd import Task, Version
+from prefixd._transport import DEFAULT_URL
+from prefixd.cli._shared import (
+    ApiKey,
+    AsJson,
+    IfMatch,
+    TaskName,
+    Url,
+    connect,
+    print_json,
+    split_name,
+    stderr,
+    stdout,
+)
+
+__all__ = ["register"]
+
+
+def tasks(
+    prefix: Annotated[str, typer.Option(help="Only names that start with this.")] = "",
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """List the tasks."""
+    with connect(url, api_key) as client:
+        found = list(client.tasks(prefix))
+    if as_json:
+        print_json(list(found))
+        return
+    table = Table("task", "traffic", "versions", "tokens", "running", "pinned", "description")
+    for task in found:
+        active = next((v for v in task.versions if v.version == task.active), None)
+        table.add_row(
+            Text(task.task),
+            _traffic(task),
+            str(len(task.versions)),
+            str(active.num_virtual_tokens) if active else "",
+            str(task.requests_running),
+            "yes" if task.pinned else "",
+            Text(task.description),
+        )
+    stdout.print(table)
+
+
+def show(
+    task: TaskName, as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None
+) -> None:
+    """Show a task and its versions."""
+    with connect(url, api_key) as client:
+        found = client.task(task)
+    if as_json:
+        print_json(found)
+        return
+    _print_pairs(
+        ("task", found.task),
+        ("description", found.description),
+        ("traffic", _traffic(found)),
+        ("pinned", "yes" if found.pinned else "no"),
+        ("defaults", str(found.defaults or "")),
+        ("requests running", str(found.requests_running)),
+        ("created", f"{found.created_at:%Y-%m-%d %H:%M:%S}"),
+        ("updated", f"{found.updated_at:%Y-%m-%d %H:%M:%S}"),
+        ("etag", found.etag or ""),
+    )
+    _print_versions(found.versions)
+
+
+def versions(
+    task: TaskName, as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None
+) -> None:
+    """List the versions of a task."""
+    with connect(url, api_key) as client:
+        found = client.task(task).versions
+    if as_json:
+        print_json(list(found))
+    else:
+        _print_versions(found)
+
+
+def activate(
+    task: TaskName,
+    version: Annotated[int | None, typer.Argument(help="The version; it gets all traffic.")] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="V=W,…", help="Weights instead, as in 3=0.9,4=0.1.")
+    ] = None,
+    if_match: IfMatch = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Choose the version, or the split of versions, that the bare name TASK means."""
+    if (version is None) == (split is None):
+        raise typer.BadParameter("give either VERSION or --split")
+    weights = _parse_split(split) if split is not None else None
+    with connect(url, api_key) as client:
+        changed = client.activate(task, version, split=weights, if_match=if_match)
+    stdout.print(f"{changed.task}: {_traffic(changed)}", markup=False, soft_wrap=True)
+
+
+def delete(
+    name: Annotated[str, typer.Argument(metavar="TASK[@V]", help="The task, or one version.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete a task with all its versions, or one version. Requests in flight finish."""
+    task, version = split_name(name)
+    if not yes and not _confirmed(name):
+        raise typer.Exit(1)
+    with connect(url, api_key) as client:
+        if version is None:
+            client.delete(task)
+        else:
+            client.delete_version(task, version)
+    stdout.print(f"deleted {name}", markup=False, soft_wrap=True)
+
+
+def info(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Show the server's model, limits and cache."""
+    with connect(url, api_key) as client:
+        found = client.info()
+    if as_json:
+        print_json(found)
+        return
+    sections = {"model": found.model.model_dump(), "limits": found.limits}
+    if found.cache is not None:
+        sections["cache"] = found.cache.model_dump()
+    _print_pairs(
+        ("version", found.version),
+        *(
+            (f"{section}.{key}", str(value))
+            for section, fields in sections.items()
+            for key, value in fields.items()
+        ),
+    )
+
+
+def register(app: typer.Typer) -> None:
+    for command in (tasks, show, versions, activate, delete, info):
+        app.command()(command)
+
+
+def _traffic(task: Task) -> str:
+    shares = {number: weight for number, weight in task.split.items() if weight > 0}
+    if len(shares) > 1:
+        return ", ".join(f"@{number} {weight:.0%}" for number, weight in sorted(shares.items()))
+    return f"@{task.active}" if task.active is not None else "none"
+
+
+def _parse_split(split: str) -> dict[int, float]:
+    try:
+        pairs = [pair.split("=") for pair in split.split(",")]
+        return {int(version): float(weight) for version, weight in pairs}
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{split!r} is not VERSION=WEIGHT,…", param_hint="--split"
+        ) from error
+
+
+def _confirmed(name: str) -> bool:
+    if not sys.stdin.isatty():
+        raise typer.BadParameter(f"{name!r}: not a terminal to ask on; say --yes")
+    return Confirm.ask(f"Delete {name}?", console=stderr, default=False)
+
+
+def _print_pairs(*pairs: tuple[str, str]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for label, value in pairs:
+        grid.add_row(Text(label, style="bold"), Text(value))
+    stdout.print(grid)
+
+
+def _print_versions(found: Iterable[Version]) -> None:
+    table = Table(
+        "version", "weight", "tokens", "bytes", "residency", "format", "created", "sha256"
+    )
+    for version in found:
+        table.add_row(
+            str(version.version),
+            f"{version.weight:g}",
+            str(version.num_virtual_tokens),
+            f"{version.bytes:,}",
+            version.residency,
+            version.format,
+            f"{version.created_at:%Y-%m-%d %H:%M}",
+            version.sha256[:12],
+        )
+    stdout.print(table)
