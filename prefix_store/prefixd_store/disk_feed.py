@@ -1,0 +1,99 @@
+"""The disk store's feed of changes: one append-only log of JSON lines that readers poll.
+
+The first line names the log's *generation*; a cursor is ``<generation>:<offset of the next
+line>``. A log that has grown too long is replaced by an empty one of a new generation, and readers
+of the old one are told to read everything anew. Appends happen under the store's lock, reads need
+none: only complete lines count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import BinaryIO
+
+from prefixd_store.disk_files import replace_file
+from prefixd_store.records import Event
+
+__all__ = ["EventLog"]
+
+_READ_LIMIT = 1 << 20
+_TAIL = 4096  # longer than any line: two names of at most 128 characters and a revision
+_GENERATION = 32  # hex digits
+
+
+class EventLog:
+    def __init__(self, path: Path, tmp: Path, max_bytes: int) -> None:
+        self._path = path
+        self._tmp = tmp
+        self._max_bytes = max_bytes
+
+    def ensure(self) -> None:
+        """Start the log if there is none. Needs the store's lock."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            size = 0
+        if size <= _GENERATION:
+            self._start_generation()
+
+    def append(self, event: Event) -> None:
+        """Needs the store's lock. Cuts off the torn last line of a writer that died."""
+        self.ensure()
+        if self._path.stat().st_size >= self._max_bytes:
+            self._start_generation()
+        line = event.model_dump_json(exclude={"cursor"}).encode() + b"\n"
+        with self._path.open("r+b", buffering=0) as log:
+            log.truncate(_complete_end(log))
+            log.seek(0, os.SEEK_END)
+            log.write(line)
+            os.fsync(log.fileno())
+
+    def read(self, after: str | None) -> list[Event]:
+        """Events after the cursor, or one reset if they cannot be told."""
+        with self._path.open("rb") as log:
+            generation = log.read(_GENERATION).decode(errors="replace")
+            start = _offset(log, generation, after)
+            events = None if start is None else _read_lines(log, generation, start)
+            if events is None:
+                return [Event(cursor=f"{generation}:{_complete_end(log)}", kind="reset")]
+        return events
+
+    def _start_generation(self) -> None:
+        replace_file(self._tmp, self._path, uuid.uuid4().hex.encode() + b"\n")
+
+
+def _complete_end(log: BinaryIO) -> int:
+    """The offset after the last complete line."""
+    size = log.seek(0, os.SEEK_END)
+    base = max(0, size - _TAIL)
+    log.seek(base)
+    return base + log.read(size - base).rfind(b"\n") + 1
+
+
+def _offset(log: BinaryIO, generation: str, after: str | None) -> int | None:
+    """Where cursor ``after`` points to; None if it is not the start of a line of this log."""
+    theirs, _, digits = (after or "").partition(":")
+    if theirs != generation or not (digits.isascii() and digits.isdigit()):
+        return None
+    offset = int(digits)
+    if not _GENERATION < offset <= _complete_end(log):
+        return None
+    log.seek(offset - 1)
+    return offset if log.read(1) == b"\n" else None
+
+
+def _read_lines(log: BinaryIO, generation: str, offset: int) -> list[Event] | None:
+    """Complete lines from ``offset``; None if one is damaged."""
+    log.seek(offset)
+    data = log.read(_READ_LIMIT)
+    events = []
+    for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+        offset += len(line)
+        try:
+            events.append(Event(cursor=f"{generation}:{offset}", **json.loads(line)))
+        except (TypeError, ValueError):  # pydantic's ValidationError is a ValueError
+            return None
+    return events
