@@ -1,0 +1,17 @@
+"""Attention over paged KV behind one small interface; torch SDPA is the reference."""
+
+from __future__ import annotations
+
+from prefixd_server.attention.base import AttentionBackend, LayerOptions, SequenceSpan, StepPlan
+from prefixd_server.kv.pool import KVPool
+
+__all__ = ["AttentionBackend", "LayerOptions", "SequenceSpan", "StepPlan", "create_backend"]
+
+
+def create_backend(name: str, pool: KVPool) -> AttentionBackend:
+    """Backends are imported when chosen, so that one's dependencies are nobody else's."""
+    if name == "sdpa":
+        from prefixd_server.attention.sdpa import SDPABackend
+
+        return SDPABackend(pool)
+    raise ValueError(f"unknown attention backend {name!r}; known: sdpa")

@@ -1,0 +1,66 @@
+"""The seam between the model's own code and the paged KV cache.
+
+The engine describes a step as :class:`SequenceSpan` s, one a sequence, in the order in which their
+tokens are packed into ``input_ids [1, T]``. A backend turns them into its own metadata once a step
+(:meth:`AttentionBackend.plan`), and is then called once a layer through transformers'
+``AttentionInterface`` with the metadata passed explicitly.
+
+What a token sees: every token of its prefix, then its own sequence up to itself. Prefix and own
+tokens are two page lists, since a prefix of any length P ends inside a page that belongs to it
+alone. Sliding windows count by index in that joint sequence, so a prefix ages out like any token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prefixd_server.kv.pool import KVPool
+
+__all__ = ["AttentionBackend", "LayerOptions", "SequenceSpan", "StepPlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpan:
+    """One sequence's part of a step: ``query_len`` new tokens after ``context_len`` cached ones."""
+
+    query_len: int
+    context_len: int
+    """own tokens whose KV is in ``pages`` already"""
+    pages: Sequence[int]
+    """own pages; hold at least context_len + query_len tokens"""
+    prefix_pages: Sequence[int] = ()
+    prefix_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOptions:
+    """What the model's own code says about one attention call."""
+
+    scaling: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+
+
+class StepPlan(ABC):
+    """A backend's metadata for one step. Passed through ``model(..., attention_plan=plan)``."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: LayerOptions
+    ) -> Tensor:
+        """Store the new key and value, [T, H_kv, D], and return attention's output, [T, H, D].
+
+        query is [T, H, D]; T is the packed tokens of the step.
+        """
+
+
+class AttentionBackend(ABC):
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
+
+    @abstractmethod
+    def plan(self, spans: Sequence[SequenceSpan]) -> StepPlan: ...

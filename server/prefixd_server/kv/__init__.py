@@ -1,0 +1,1 @@
+"""KV memory: the allocator counts pages, the pool holds the tensors."""

@@ -1,0 +1,1 @@
+"""Loading any Hugging Face LM, its geometry and its weights."""

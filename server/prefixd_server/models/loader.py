@@ -1,0 +1,148 @@
+"""Loads the frozen LM with transformers and says what the rest of the server needs of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from prefixd_server.attention import interface
+from prefixd_server.config import ModelConfig
+from prefixd_server.errors import UnsupportedModel
+from prefixd_server.kv.pool import TORCH_DTYPES
+from prefixd_server.models.demo import DEMO_NAME, demo_model_folder
+from prefixd_server.models.probe import observe_geometry
+from prefixd_store.errors import InvalidRequest
+from prefixd_store.fingerprint import fingerprint_folder
+from prefixd_store.geometry import Geometry
+
+__all__ = ["LoadedModel", "load_model"]
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_MAX_LEN = 4096
+"""where neither the config nor the tokenizer names a longest context"""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    module: nn.Module
+    """transformers' own model, frozen, in eval mode, loaded with prefixd's attention"""
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    architecture: str
+    fingerprint: str | None
+    """None where the model has no safetensors to fingerprint (pickled weights)"""
+    geometry: Geometry
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_model(config: ModelConfig) -> LoadedModel:
+    """Raises UnsupportedModel, by name and with the reason, for a model that cannot be served."""
+    interface.register()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    source = _source(config)
+    device = torch.device(resolve_device(config.device))
+    dtype: Any = config.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    model_config = _read_config(source)
+    module = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=TORCH_DTYPES.get(dtype, "auto"),
+        attn_implementation=interface.IMPLEMENTATION,
+    )
+    module = module.to(device).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    text_config = model_config.get_text_config()
+    max_model_len = config.max_model_len or _max_positions(text_config, tokenizer)
+    loaded_dtype = next(module.parameters()).dtype
+    geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
+    return LoadedModel(
+        module=module,
+        tokenizer=tokenizer,
+        name=config.served_name or _name(config.model),
+        architecture=type(module).__name__,
+        fingerprint=_fingerprint(module.config._name_or_path),
+        geometry=replace(geometry, max_positions=max_model_len),
+        vocab_size=int(module.get_output_embeddings().weight.shape[0]),
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(module, tokenizer),
+        device=device,
+        dtype=loaded_dtype,
+    )
+
+
+def resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModel("--device cuda: torch sees no CUDA device")
+    return device
+
+
+def _source(config: ModelConfig) -> str:
+    if config.model == "demo":
+        return str(demo_model_folder(Path(config.cache_dir).expanduser()))
+    path = Path(config.model).expanduser()
+    return str(path) if path.exists() else config.model
+
+
+def _name(model: str) -> str:
+    if model == "demo":
+        return DEMO_NAME
+    return Path(model).name if Path(model).expanduser().exists() else model
+
+
+def _read_config(source: str) -> Any:
+    try:
+        model_config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{source} cannot be read as a model: {error}") from error
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{source} is a {model_config.model_type} encoder-decoder; these are not served yet"
+        )
+    return model_config
+
+
+def _max_positions(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    for field in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(text_config, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    longest = int(tokenizer.model_max_length)
+    # Tokenizers that do not know say 1e30.
+    return longest if longest < 1_000_000 else _DEFAULT_MAX_LEN
+
+
+def _eos_token_ids(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    eos = getattr(module.generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _fingerprint(name_or_path: str) -> str | None:
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name_or_path, local_files_only=True))
+    try:
+        return fingerprint_folder(folder)
+    except InvalidRequest as error:
+        log.warning("no base fingerprint, prefixes cannot be verified against it: %s", error)
+        return None
