@@ -1,0 +1,128 @@
+"""What residency keeps for one prefix, and what it hands to the engine."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from prefixd_server.errors import PrefixdError
+from prefixd_server.kv.allocator import pages_for
+from prefixd_server.prefix.lifecycle import NEW, LifeEvent, advance
+from prefixd_server.types import PrefixKey, PrefixState, PrefixVersion
+
+__all__ = ["Blocked", "Entry", "Lease", "NoObserver", "ResidencyObserver", "Tier"]
+
+Tier = Literal["device", "host", "store"]
+
+
+class ResidencyObserver(Protocol):
+    """Told on the engine thread what metrics count; must not block."""
+
+    def hit(self, tier: Tier) -> None:
+        """A request arrived and found its prefix no nearer than in ``tier``."""
+
+    def load_seconds(self, tier: Tier, seconds: float) -> None:
+        """A load out of ``tier`` took so long: ``store`` → host memory, ``host`` → pages."""
+
+    def eviction(self) -> None:
+        """A prefix lost its pages to others."""
+
+
+class NoObserver:
+    def hit(self, tier: Tier) -> None: ...
+
+    def load_seconds(self, tier: Tier, seconds: float) -> None: ...
+
+    def eviction(self) -> None: ...
+
+
+class Blocked(enum.Enum):
+    """Why a prefix has no pages yet."""
+
+    LOADING = "it is on its way; others may pass"
+    NO_PAGES = "it waits for pages that others lease; whoever comes later should wait too"
+
+
+class Entry:
+    """One prefix of one tenant, however many of its tasks name it."""
+
+    __slots__ = ("error", "failed_at", "leases", "life", "num_pages", "pages", "pins", "version")
+
+    def __init__(self, version: PrefixVersion, page_size: int) -> None:
+        self.version = version
+        """the first that named these bytes; others of the tenant may too"""
+        self.life = NEW
+        self.pins = 0
+        self.leases = 0
+        self.pages: tuple[int, ...] = ()
+        self.num_pages = pages_for(version.num_virtual_tokens, page_size)
+        self.error: PrefixdError | None = None
+        """why it FAILED"""
+        self.failed_at = 0.0
+        """time.monotonic()"""
+
+    @property
+    def key(self) -> PrefixKey:
+        return self.version.key
+
+    @property
+    def num_tokens(self) -> int:
+        return self.version.num_virtual_tokens
+
+    @property
+    def place(self) -> PrefixState:
+        return self.life.place
+
+    @property
+    def copying(self) -> bool:
+        return self.place is PrefixState.LOADING and bool(self.pages)
+
+    @property
+    def fetching(self) -> bool:
+        return self.place is PrefixState.LOADING and not self.pages
+
+    @property
+    def nearest_tier(self) -> Tier:
+        if self.place is PrefixState.DEVICE:
+            return "device"
+        return "host" if self.copying or self.place is PrefixState.HOST else "store"
+
+    @property
+    def held(self) -> bool:
+        """A request or a loader thread still counts on it."""
+        return bool(self.pins or self.leases) or self.place is PrefixState.LOADING
+
+    def advance(self, event: LifeEvent) -> None:
+        life = advance(self.life, event)
+        assert life is not None, "who lets an entry vanish removes it"
+        self.life = life
+
+    def check(self) -> None:
+        assert min(self.pins, self.leases) >= 0
+        assert self.pages == () or len(self.pages) == self.num_pages
+        assert bool(self.pages) == (self.copying or self.place is PrefixState.DEVICE), self.life
+        assert not self.leases or self.place is PrefixState.DEVICE, f"leased, but {self.life}"
+        assert self.error is not None or self.place is not PrefixState.FAILED
+        assert self.held or not self.life.retiring, f"{self.key} should have vanished"
+
+
+class Lease:
+    """A request's right to attend to a prefix: until :meth:`release`, its pages stay as they are.
+
+    ``pages`` hold ``num_tokens`` = P tokens in order, the last page mostly in part. Engine thread.
+    """
+
+    __slots__ = ("_on_release", "key", "num_tokens", "pages")
+
+    def __init__(self, entry: Entry, on_release: Callable[[Entry], None]) -> None:
+        self.key = entry.key
+        self.pages = entry.pages
+        self.num_tokens = entry.num_tokens
+        self._on_release: Callable[[], None] | None = lambda: on_release(entry)
+
+    def release(self) -> None:
+        """Idempotent."""
+        if self._on_release is not None:
+            on_release, self._on_release = self._on_release, None
+            on_release()
