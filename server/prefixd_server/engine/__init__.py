@@ -1,0 +1,1 @@
+"""Continuous batching over one frozen LM: scheduler, admission, runner, sampling, and the step."""

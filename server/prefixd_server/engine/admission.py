@@ -1,0 +1,73 @@
+"""From a request to a sequence: one immutable version, pinned, and certain to fit when alone."""
+
+from __future__ import annotations
+
+import random
+
+from prefixd_server.engine.sequence import Sequence
+from prefixd_server.errors import InvalidRequest, PromptTooLong
+from prefixd_server.kv.allocator import PageAllocator, pages_for
+from prefixd_server.prefix.registry import Registry
+from prefixd_server.prefix.residency import Residency
+from prefixd_server.types import EngineRequest, PrefixVersion
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    def __init__(
+        self,
+        registry: Registry,
+        residency: Residency,
+        allocator: PageAllocator,
+        *,
+        max_model_len: int,
+    ) -> None:
+        self.registry = registry
+        self.residency = residency
+        self.allocator = allocator
+        self.max_model_len = max_model_len
+
+    def admit(self, request: EngineRequest) -> Sequence:
+        """Resolve and pin. Raises NotFound, PromptTooLong, InvalidRequest, with nothing pinned."""
+        prefix = self._resolve(request)
+        prompt = request.prompt_token_ids
+        if prefix is not None and prefix.starts_sequence:
+            # Never to nothing: a prompt needs one token whose logits predict the first new one.
+            prompt = prompt[min(request.leading_special_tokens, len(prompt) - 1) :]
+        self._check_fits(request, prompt, prefix)
+        if prefix is not None:
+            self.residency.pin(prefix)
+        return Sequence(request, prompt, prefix)
+
+    def release(self, sequence: Sequence) -> None:
+        if sequence.prefix is not None:
+            self.residency.unpin(sequence.prefix.key)
+
+    def _resolve(self, request: EngineRequest) -> PrefixVersion | None:
+        if request.task is None:
+            return None
+        return self.registry.resolve(
+            request.tenant, request.task, request.version, draw=random.random()
+        )
+
+    def _check_fits(
+        self, request: EngineRequest, prompt: tuple[int, ...], prefix: PrefixVersion | None
+    ) -> None:
+        new = request.sampling.max_new_tokens
+        offset = prefix.query_offset if prefix else 0
+        if offset + len(prompt) + new > self.max_model_len:
+            raise PromptTooLong(
+                f"{len(prompt)} prompt tokens, {new} new tokens and {offset} virtual tokens make"
+                f" {offset + len(prompt) + new}; the model's context is {self.max_model_len}",
+                param="inputs",
+            )
+        size = self.allocator.page_size
+        prefix_pages = pages_for(prefix.num_virtual_tokens, size) if prefix else 0
+        needed = prefix_pages + pages_for(len(prompt) + new, size)
+        if needed > self.allocator.num_pages:
+            raise InvalidRequest(
+                f"the request needs {needed} pages of KV memory; the server has"
+                f" {self.allocator.num_pages}",
+                param="parameters.max_new_tokens",
+            )

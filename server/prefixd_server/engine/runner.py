@@ -1,0 +1,118 @@
+"""Runs one step of the model: packs the scheduled tokens, calls transformers' own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prefixd_server.attention import AttentionBackend, SequenceSpan
+from prefixd_server.engine.scheduler import Scheduled
+from prefixd_server.engine.sequence import Sequence
+
+__all__ = ["ModelRunner", "StepLogits"]
+
+
+class StepLogits(NamedTuple):
+    sequences: list[Sequence]
+    """those whose tokens are all computed now, in the order of ``next_token``'s rows"""
+    next_token: Tensor
+    """[len(sequences), V]"""
+    prompt: list[tuple[Sequence, Tensor, Tensor]]
+    """for sequences that want prompt log-probabilities: logits [N, V] of this chunk's prompt
+    positions and the N prompt tokens that they predict"""
+
+
+class ModelRunner:
+    def __init__(self, module: nn.Module, backend: AttentionBackend, device: torch.device) -> None:
+        self.module = module
+        self.backend = backend
+        self.device = device
+
+    @torch.inference_mode()
+    def run(self, step: Seq[Scheduled]) -> StepLogits:
+        spans = [_span(item) for item in step]
+        tokens, positions = _pack(step)
+        rows = _LogitRows(step)
+        keep = torch.tensor(rows.keep, dtype=torch.int64)
+        output = self.module(
+            input_ids=torch.tensor([tokens]).to(self.device),
+            position_ids=torch.tensor([positions]).to(self.device),
+            use_cache=False,
+            logits_to_keep=keep.to(self.device),
+            attention_plan=self.backend.plan(spans),
+        )
+        return rows.split(output.logits[0])
+
+    @torch.inference_mode()
+    def read_kv(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
+        """A sequence's own keys and values on the host, each [L, H_kv, num_computed, D]."""
+        return self.backend.pool.read(sequence.pages, sequence.num_computed)
+
+
+def _span(item: Scheduled) -> SequenceSpan:
+    sequence = item.sequence
+    return SequenceSpan(
+        query_len=item.num_tokens,
+        context_len=sequence.num_computed,
+        pages=sequence.pages,
+        prefix_pages=sequence.lease.pages if sequence.lease else (),
+        prefix_len=sequence.prefix_len,
+    )
+
+
+def _pack(step: Seq[Scheduled]) -> tuple[list[int], list[int]]:
+    """Token ids and position ids of the step, each of length T."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    for sequence, count in step:
+        start = sequence.num_computed
+        tokens += sequence.tokens(start, start + count)
+        first = sequence.position_offset + start
+        positions += range(first, first + count)
+    return tokens, positions
+
+
+class _LogitRows:
+    """Which of the T packed positions need logits. The output layer is the largest matrix of a
+    small model, so only rows that are sampled from, or asked for, are computed."""
+
+    def __init__(self, step: Seq[Scheduled]) -> None:
+        self.keep: list[int] = []
+        self._sampled: list[tuple[Sequence, int]] = []
+        self._prompts: list[tuple[Sequence, int, list[int]]] = []
+        start = 0
+        for sequence, count in step:
+            targets = _prompt_targets(sequence, count)
+            if targets:
+                self._prompts.append((sequence, len(self.keep), targets))
+                self.keep += range(start, start + len(targets))
+            if count == sequence.num_uncomputed and not sequence.request.capture_kv:
+                self._sampled.append((sequence, len(self.keep)))
+                self.keep.append(start + count - 1)
+            start += count
+
+    def split(self, logits: Tensor) -> StepLogits:
+        """logits [len(keep), V]"""
+        index = torch.tensor([row for _, row in self._sampled], dtype=torch.int64)
+        return StepLogits(
+            sequences=[sequence for sequence, _ in self._sampled],
+            next_token=logits.index_select(0, index.to(logits.device)),
+            prompt=[
+                (sequence, logits[row : row + len(targets)], torch.tensor(targets))
+                for sequence, row, targets in self._prompts
+            ],
+        )
+
+
+def _prompt_targets(sequence: Sequence, count: int) -> list[int]:
+    """The prompt tokens that this chunk's positions predict, where the request wants them."""
+    if not sequence.params.prompt_logprobs or sequence.started:
+        return []
+    first = sequence.num_computed + 1
+    # A preempted prefill computes positions again whose log-probabilities are known.
+    if first <= len(sequence.prompt_logprobs):
+        sequence.prompt_logprobs = sequence.prompt_logprobs[: first - 1]
+    return list(sequence.prompt_token_ids[first : first + count])

@@ -1,0 +1,160 @@
+"""Logits to tokens, for a whole batch at once; every row has its own parameters.
+
+A row that is plain greedy costs an argmax, a gather and its share of one logsumexp. Whatever else a
+row asks for runs on the sub-batch of the rows that ask for it: ``penalties`` moves the logits,
+``sampling_filters`` makes the distribution and draws from it.
+
+Order: logit bias, repetition penalty, presence and frequency penalties, minimum length,
+temperature, top-k, top-p, min-p, typical. Greedy rows stop before the temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefixd_server.engine.penalties import SamplingRow, adjust_, needs_adjusting
+from prefixd_server.engine.sampling_filters import draw, supports, weight_scale
+from prefixd_server.types import Token
+
+__all__ = ["Sampler", "SamplingRow", "prompt_logprobs", "uniform"]
+
+_CHUNK_ELEMENTS = 2**24
+"""of float32 logits that `prompt_logprobs` holds at once: 64 MiB"""
+
+
+class Sampler:
+    def __init__(
+        self, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device | str
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._device = torch.device(device)
+        self._scale = weight_scale(vocab_size)
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Token | None]:
+        """One token for each row of ``logits`` ``[B, V]``, any float dtype; computed in float32.
+
+        None for a row that has no distribution: its logits hold NaN or +inf, are all −inf, or
+        nothing is left of them once its bans are applied. Other rows are not affected.
+        """
+        assert logits.shape == (len(rows), self._vocab_size), (
+            f"logits {tuple(logits.shape)} for {len(rows)} rows of {self._vocab_size}"
+        )
+        if not rows:
+            return []
+        scores = logits.to(self._device, torch.float32)
+        norm = scores.logsumexp(-1)
+        ids, valid = self._choose(scores, norm.isfinite(), rows)
+        logprobs = scores.gather(1, ids[:, None])[:, 0] - norm
+        tops = _alternatives(scores, norm, [row.params.top_n_tokens for row in rows])
+        drawn = zip(ids.tolist(), logprobs.tolist(), tops, valid.tolist(), strict=True)
+        return [Token(id_, logprob, top) if ok else None for id_, logprob, top, ok in drawn]
+
+    def _choose(
+        self, scores: Tensor, valid: Tensor, rows: Sequence[SamplingRow]
+    ) -> tuple[Tensor, Tensor]:
+        """ids ``[B]``, and which of them mean something; ``scores`` is left as it is."""
+        adjusted = [i for i, row in enumerate(rows) if needs_adjusting(row)]
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        shaped = sorted({*adjusted, *drawn})
+        if not shaped:
+            return scores.argmax(-1), valid
+        if len(shaped) < len(rows):
+            ids = scores.argmax(-1)
+        else:
+            ids = torch.empty(len(rows), dtype=torch.long, device=self._device)
+        work = scores[shaped]
+        place = {i: position for position, i in enumerate(shaped)}
+        self._adjust_(work, [place[i] for i in adjusted], [rows[i] for i in adjusted])
+        valid[shaped] &= work.amax(-1).isfinite()
+        # Only adjusted greedy rows want the argmax; where there are none it is not taken.
+        chosen = work.argmax(-1) if len(drawn) < len(shaped) else ids[shaped]
+        self._draw(work, [place[i] for i in drawn], [rows[i] for i in drawn], chosen)
+        ids[shaped] = chosen
+        return ids, valid
+
+    def _adjust_(self, work: Tensor, at: list[int], rows: list[SamplingRow]) -> None:
+        if len(at) == len(work):
+            adjust_(work, rows, self._eos_token_ids)
+        elif at:
+            sub = work[at]
+            adjust_(sub, rows, self._eos_token_ids)
+            work[at] = sub
+
+    def _draw(self, work: Tensor, at: list[int], rows: list[SamplingRow], ids: Tensor) -> None:
+        """Write into ``ids`` what the rows ``at`` drew; consumes ``work``."""
+        if not at:
+            return
+        scores = work if len(at) == len(work) else work[at]
+        u = np.array([uniform(row.params.seed, len(row.output_token_ids)) for row in rows])
+        for support in supports(scores, [row.params for row in rows], self._scale):
+            mine = torch.from_numpy(u[support.rows]).to(work.device)
+            column = draw(support.z, mine, self._scale)
+            if support.ids is not None:
+                column = support.ids.gather(1, column[:, None])[:, 0]
+            ids[[at[i] for i in support.rows]] = column
+
+
+def uniform(seed: int, num_output_tokens: int) -> float:
+    """The number in [0, 1) that draws a sequence's next token: all the randomness there is.
+
+    Philox 4x64-10 (Salmon et al., SC11) with the seed as its key and the count of tokens so far as
+    its counter, top 53 bits of the first word. It has no state, so neither the batch, nor the row,
+    nor a preemption can shift it.
+    """
+    word = np.random.Philox(key=seed, counter=num_output_tokens).random_raw()
+    return float((int(word) >> 11) * 2.0**-53)
+
+
+@torch.inference_mode()
+def prompt_logprobs(logits: Tensor, next_ids: Tensor) -> list[float]:
+    """log p of ``next_ids`` ``[N]`` under ``logits`` ``[N, V]``, any float dtype, in float32.
+
+    The float32 copy is made a chunk of rows at a time. NaN for a row that has no distribution.
+    """
+    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    next_ids = next_ids.to(logits.device)
+    found: list[float] = []
+    for start in range(0, len(logits), chunk):
+        scores = logits[start : start + chunk].float()
+        chosen = scores.gather(1, next_ids[start : start + chunk, None])[:, 0]
+        found += (chosen - scores.logsumexp(-1)).tolist()
+    return found
+
+
+def _alternatives(
+    scores: Tensor, norm: Tensor, counts: Sequence[int]
+) -> list[tuple[tuple[int, float], ...]]:
+    """Each row's ``counts`` best (id, logprob), ties by id; fewer where fewer are possible."""
+    found: list[tuple[tuple[int, float], ...]] = [()] * len(counts)
+    users = [i for i, n in enumerate(counts) if n > 0]
+    if not users:
+        return found
+    values, ids = _ordered_top(scores[users], max(counts))
+    logprobs = values - norm[users, None]
+    for i, row_ids, row_logprobs in zip(users, ids.tolist(), logprobs.tolist(), strict=True):
+        best = zip(row_ids[: counts[i]], row_logprobs, strict=False)
+        found[i] = tuple((id_, logprob) for id_, logprob in best if logprob > -np.inf)
+    return found
+
+
+def _ordered_top(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """``topk(n)`` whose ties go to the lower id, whatever n is; topk promises no order.
+
+    A few more than n are fetched, so that the ties at its end are usually all there; a stable sort
+    decides where they are not.
+    """
+    vocab = scores.shape[1]
+    n, width = min(n, vocab), min(2 * n + 32, vocab)
+    ids = scores.topk(width).indices.sort(-1).values
+    values, order = scores.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(1, order)
+    if width < vocab and (open_ := (values[:, n - 1] == values[:, -1]).nonzero()[:, 0]).numel():
+        full_values, full_ids = scores[open_].sort(dim=-1, descending=True, stable=True)
+        values[open_], ids[open_] = full_values[:, :width], full_ids[:, :width]
+    return values[:, :n], ids[:, :n]

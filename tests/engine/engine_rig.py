@@ -1,0 +1,211 @@
+"""A whole engine but for the model: real mailbox, admission, registry, residency, scheduler, sampler.
+
+The model's place is taken by a rule that makes the next token from the prefix and the tokens so far,
+so that what a request must answer is known whatever happened around it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from prefixd_server.config import LimitsConfig
+from prefixd_server.engine.admission import Admission
+from prefixd_server.engine.engine import Engine
+from prefixd_server.engine.mailbox import Mailbox
+from prefixd_server.engine.runner import ModelRunner, StepLogits
+from prefixd_server.engine.sampling import Sampler
+from prefixd_server.engine.scheduler import Scheduled, Scheduler
+from prefixd_server.engine.sequence import Sequence
+from prefixd_server.prefix import Registry
+from prefixd_server.types import EngineRequest, Finish, Output, SamplingParams
+from tests.prefix.support import TENANT, World
+
+VOCAB = 16
+EOS = 0
+NAN, BOOM = 14, 15
+"""a prompt that begins so gives NaN logits after one token; makes the forward raise"""
+
+
+def next_token(prefix: str | None, tokens: Seq[int]) -> int:
+    """Any of 0 … 13, EOS now and then."""
+    return random.Random(f"{prefix} {list(tokens)}").randrange(NAN)
+
+
+def expected_tokens(prefix: str | None, prompt: Seq[int], max_new_tokens: int) -> list[int]:
+    output: list[int] = []
+    while len(output) < max_new_tokens and EOS not in output:
+        output.append(next_token(prefix, [*prompt, *output]))
+    return output
+
+
+class RuleRunner:
+    """In the model's place. Each sequence's leased pages must hold its prefix, in every step."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.seeds = {version.key: seed for seed, version in enumerate(world.versions)}
+        self.num_steps = 0
+
+    def run(self, step: Seq[Scheduled]) -> StepLogits:
+        self.num_steps += 1
+        for sequence, _ in step:
+            if sequence.prefix is not None:
+                assert sequence.lease is not None
+                self.world.assert_holds(sequence.lease, self.seeds[sequence.prefix.key])
+        if any(sequence.prompt_token_ids[0] == BOOM for sequence, _ in step):
+            raise RuntimeError("the forward failed, as the test asked")
+        ready = [
+            sequence
+            for sequence, count in step
+            if count == sequence.num_uncomputed and not sequence.request.capture_kv
+        ]
+        rows = [self._logits(sequence) for sequence in ready]
+        return StepLogits(ready, torch.stack(rows) if rows else torch.empty(0, VOCAB), [])
+
+    def _logits(self, sequence: Sequence) -> Tensor:
+        logits = torch.zeros(VOCAB)
+        if sequence.prompt_token_ids[0] == NAN and sequence.output_token_ids:
+            return logits * float("nan")
+        prefix = sequence.prefix.sha256 if sequence.prefix else None
+        logits[next_token(prefix, sequence.tokens(0, sequence.num_tokens))] = 5.0
+        return logits
+
+    def read_kv(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
+        """[L=1, H_kv=1, num_computed, D=2]: each token's id, and its negative."""
+        tokens = torch.tensor(sequence.tokens(0, sequence.num_computed), dtype=torch.float32)
+        key = tokens.view(1, 1, -1, 1).repeat(1, 1, 1, 2)
+        return key, -key
+
+
+class Rig:
+    """Tasks t0, t1, … with a prefix of each of ``sizes``; time stands still unless a test moves it."""
+
+    def __init__(
+        self,
+        root: Path,
+        sizes: Seq[int] = (5, 7, 3),
+        *,
+        num_pages: int = 24,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        max_queue: int = 100,
+        by_hand: bool = True,
+    ) -> None:
+        self.world = World(root, sizes, num_pages=num_pages, by_hand=by_hand, load_retry_s=0.0)
+        registry = Registry(self.world.store, LimitsConfig())
+        for version in self.world.versions:
+            registry.get(TENANT, version.task)
+        self.now = 0.0
+        self.mailbox = Mailbox(max_queue)
+        self.mailbox.deliver = self._deliver
+        self.runner = RuleRunner(self.world)
+        allocator, residency = self.world.allocator, self.world.residency
+        self.engine = Engine(
+            self.mailbox,
+            Admission(registry, residency, allocator, max_model_len=64),
+            residency,
+            Scheduler(
+                allocator,
+                residency,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+            ),
+            cast(ModelRunner, self.runner),
+            Sampler(VOCAB, frozenset({EOS}), "cpu"),
+            eos_token_ids=frozenset({EOS}),
+            clock=lambda: self.now,
+        )
+        self.requests: dict[str, EngineRequest] = {}
+        self.outputs: dict[str, list[Output]] = {}
+
+    def submit(
+        self,
+        prompt: Seq[int] = (1, 2, 3),
+        task: str | None = None,
+        *,
+        deadline: float = float("inf"),
+        capture_kv: bool = False,
+        leading_special_tokens: int = 0,
+        **sampling: object,
+    ) -> str:
+        sampling.setdefault("max_new_tokens", 5)
+        number = len(self.requests)
+        request = EngineRequest(
+            request_id=f"r{number}",
+            tenant=TENANT,
+            task=task,
+            version=None,
+            prompt_token_ids=tuple(prompt),
+            sampling=SamplingParams(**sampling),  # type: ignore[arg-type]
+            deadline=deadline,
+            leading_special_tokens=leading_special_tokens,
+            arrival=float(number),
+            capture_kv=capture_kv,
+        )
+        self.mailbox.submit([request])
+        self.requests[request.request_id] = request
+        self.outputs[request.request_id] = []
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        self.mailbox.abort([request_id])
+
+    def step(self) -> bool:
+        ran = self.engine.step()
+        self.engine.check()
+        self._check_outputs()
+        return ran
+
+    def finish_all(self, max_steps: int = 500) -> None:
+        """Load what is asked for and step until all requests have ended."""
+        for _ in range(max_steps):
+            self.step()
+            if not self.engine.has_work:
+                return
+            self.world.executor.run_all()
+        raise AssertionError(f"{self.engine.num_waiting} waiting, {self.engine.num_running} running")
+
+    def finish(self, request_id: str) -> Finish:
+        (finish,) = [o.finish for o in self.outputs[request_id] if o.finish is not None]
+        return finish
+
+    def error(self, request_id: str) -> Exception:
+        error = self.finish(request_id).error
+        assert error is not None
+        return error
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token.id for output in self.outputs[request_id] for token in output.tokens]
+
+    def expected(self, request_id: str) -> list[int]:
+        request = self.requests[request_id]
+        shas = {version.task: version.sha256 for version in self.world.versions}
+        prefix = shas[request.task] if request.task else None
+        return expected_tokens(prefix, request.prompt_token_ids, request.sampling.max_new_tokens)
+
+    def assert_empty(self) -> None:
+        """No request holds anything; only prefixes own pages."""
+        assert not self.engine.has_work
+        self.engine.check()
+        owned = sum(len(pages) for pages in self.world.residency.owned_pages())
+        assert self.world.allocator.num_used == owned
+        assert set(self.outputs) == set(self.requests)
+
+    def _deliver(self, outputs: Seq[Output]) -> None:
+        for output in outputs:
+            self.outputs[output.request_id].append(output)
+
+    def _check_outputs(self) -> None:
+        for outputs in self.outputs.values():
+            finished = [output.finish is not None for output in outputs]
+            assert not any(finished[:-1]), "something came after the terminal output"
+            started = [output.started is not None for output in outputs]
+            assert sum(started) <= 1
+            first = next((i for i, o in enumerate(outputs) if o.tokens), None)
+            assert first is None or started[first], "a token before Started"

@@ -1,0 +1,166 @@
+"""The scheduler's policy once more, slowly: counts instead of pages, and nothing kept that can be
+computed from scratch. Shares no code with the scheduler."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+class Place(enum.Enum):
+    """Where a prefix is, as far as a scheduler can tell."""
+
+    AWAY = "not in host memory: others may pass"
+    HOST = "asking for it reserves its pages and starts the copy"
+    COPYING = "its pages are reserved"
+    DEVICE = "it can be leased"
+    BROKEN = "asking for it raises"
+
+
+HAS_PAGES = (Place.COPYING, Place.DEVICE)
+
+
+@dataclass
+class Prefix:
+    num_pages: int
+    pinned: bool
+    place: Place = Place.AWAY
+
+
+@dataclass
+class Item:
+    order: tuple[int, float, str]
+    prompt: int
+    new: int
+    prefix: str | None
+    output: int = 0
+    computed: int = 0
+    pages: int = 0
+    running: bool = False
+
+    @property
+    def todo(self) -> int:
+        return self.prompt + self.output - self.computed
+
+    @property
+    def id(self) -> str:
+        return self.order[2]
+
+
+@dataclass
+class Decision:
+    scheduled: list[tuple[str, int]] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Oracle:
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    items: list[Item] = field(default_factory=list)
+    prefixes: dict[str, Prefix] = field(default_factory=dict)
+
+    def running(self) -> list[Item]:
+        return sorted((i for i in self.items if i.running), key=lambda item: item.order)
+
+    def waiting(self) -> list[Item]:
+        return sorted((i for i in self.items if not i.running), key=lambda item: item.order)
+
+    def free(self) -> int:
+        own = sum(item.pages for item in self.items)
+        shared = sum(p.num_pages for p in self.prefixes.values() if p.place in HAS_PAGES)
+        return self.num_pages - own - shared
+
+    def decide(self) -> Decision:
+        decision = Decision()
+        decodes = [item for item in self.running() if item.todo == 1]
+        for item in decodes + [item for item in self.running() if item.todo > 1]:
+            tokens = min(item.todo, self._left(decision))
+            if item.running and tokens and self._grow(item, tokens, decision):
+                decision.scheduled.append((item.id, tokens))
+        if not decision.preempted:
+            for item in self._admitted(decision):
+                decision.scheduled.append((item.id, min(item.todo, self._left(decision))))
+        return decision
+
+    def commit(self, decision: Decision) -> list[str]:
+        """What the engine does after the forward; the ids of those that have ended."""
+        done = list(decision.failed)
+        for id_, tokens in decision.scheduled:
+            (item,) = [item for item in self.items if item.id == id_]
+            item.computed += tokens
+            item.output += item.todo == 0
+            if item.output == item.new:
+                done.append(id_)
+        for id_ in done:
+            self.remove(id_)
+        return done
+
+    def remove(self, id_: str) -> None:
+        self.items = [item for item in self.items if item.id != id_]
+
+    def _left(self, decision: Decision) -> int:
+        return self.max_num_batched_tokens - sum(tokens for _, tokens in decision.scheduled)
+
+    def _pages(self, tokens: int) -> int:
+        return (tokens + self.page_size - 1) // self.page_size
+
+    def _grow(self, item: Item, tokens: int, decision: Decision) -> bool:
+        missing = max(0, self._pages(item.computed + tokens) - item.pages)
+        while missing and not self._make_room(missing, force=len(self.running()) == 1):
+            victim = self.running()[-1]
+            victim.running, victim.computed, victim.pages = False, 0, 0
+            decision.preempted.append(victim.id)
+            if victim is item:
+                return False
+        item.pages += missing
+        return True
+
+    def _admitted(self, decision: Decision) -> Iterator[Item]:
+        for item in self.waiting():
+            if not self._left(decision) or len(self.running()) == self.max_num_seqs:
+                return
+            place = self._ask(item)
+            if place is Place.BROKEN:
+                decision.failed.append(item.id)
+            elif place is Place.HOST:
+                return
+            elif place is Place.DEVICE:
+                others = len(self.running())
+                needed = self._pages(item.todo)
+                item.running = True  # its prefix is in use from here on
+                if not self._make_room(needed + others, force=not others):
+                    item.running = False
+                    return
+                item.pages = needed
+                yield item
+
+    def _ask(self, item: Item) -> Place:
+        """AWAY: it loads; HOST: no pages for it; DEVICE: it is ready, or there is none."""
+        if item.prefix is None:
+            return Place.DEVICE
+        prefix = self.prefixes[item.prefix]
+        if prefix.place is Place.HOST and self._make_room(
+            prefix.num_pages, force=not self.running()
+        ):
+            prefix.place = Place.COPYING
+        return Place.AWAY if prefix.place is Place.COPYING else prefix.place
+
+    def _make_room(self, num_pages: int, *, force: bool) -> bool:
+        in_use = {item.prefix for item in self.running()}
+        idle = [
+            prefix
+            for name, prefix in sorted(self.prefixes.items())
+            if prefix.place is Place.DEVICE and name not in in_use
+            if force or not prefix.pinned
+        ]
+        if self.free() + sum(prefix.num_pages for prefix in idle) < num_pages:
+            return False
+        for prefix in idle:
+            if self.free() < num_pages:
+                prefix.place = Place.HOST
+        return True
