@@ -57,15 +57,16 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model_config = _read_config(source)
+    # Set once it is built: families with a class for each implementation do not know of ours. They
+    # keep theirs here, which the probe sees.
     module = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=TORCH_DTYPES.get(dtype, "auto"),
-        attn_implementation=interface.IMPLEMENTATION,
+        source, dtype=TORCH_DTYPES.get(dtype, "auto"), attn_implementation="eager"
     )
+    module.set_attn_implementation(interface.IMPLEMENTATION)
     module = module.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(source)
     text_config = model_config.get_text_config()
-    max_model_len = config.max_model_len or _max_positions(text_config, tokenizer)
+    max_model_len = _max_model_len(config.max_model_len, text_config, tokenizer)
     loaded_dtype = next(module.parameters()).dtype
     geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     return LoadedModel(
@@ -114,6 +115,34 @@ def _read_config(source: str) -> Any:
             f"{source} is a {model_config.model_type} encoder-decoder; these are not served yet"
         )
     return model_config
+
+
+def _max_model_len(wanted: int | None, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Raises UnsupportedModel where RoPE would turn every sequence by the longest of its batch."""
+    longest = wanted or _max_positions(text_config, tokenizer)
+    limit = _fixed_rope_positions(text_config)
+    if limit is None or longest <= limit:
+        return longest
+    reason = (
+        f"the RoPE of this {text_config.model_type} depends on the longest sequence of a batch"
+        f" beyond {limit} positions"
+    )
+    if wanted is not None:
+        raise UnsupportedModel(f"--max-model-len {wanted}: {reason}; {limit} is the most served")
+    log.warning("serving %d of %d positions: %s", limit, longest, reason)
+    return limit
+
+
+def _fixed_rope_positions(text_config: Any) -> int | None:
+    """How many positions have frequencies of their own; None: all."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else list(parameters.values())
+    limits = {
+        "dynamic": lambda rope: text_config.max_position_embeddings,
+        "longrope": lambda rope: rope["original_max_position_embeddings"],
+    }
+    found = [limits[rope["rope_type"]](rope) for rope in kinds if rope.get("rope_type") in limits]
+    return min(found, default=None)
 
 
 def _max_positions(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
