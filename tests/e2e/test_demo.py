@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from prefixd import Client
 from prefixd_server.demo import TASKS
 from tests.support.models import demo_folder
 from tests.support.server import ServerProcess, wait_until
@@ -35,8 +37,19 @@ def test_what_the_demo_prints_works(tmp_path: Path) -> None:
         assert json.loads(whole[-1])["task"] == "base"
         events = [json.loads(line[6:]) for line in streamed.splitlines() if line]
         assert events[-1]["generated_text"] == texts[0]
+        check_chat(client)
         server.terminate()
         assert server.wait() == 0
+
+
+def check_chat(client: Client) -> None:
+    """With the chat template in a task's defaults, its inputs are a user's message."""
+    client.update("sentiment", defaults={"chat_template": "model"})
+    answer = client.generate("sentiment", "hi", max_new_tokens=2)
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder())
+    message = [{"role": "user", "content": "hi"}]
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True)
+    assert answer.usage.prompt_tokens == len(rendered["input_ids"])
 
 
 def run(line: str) -> str:
