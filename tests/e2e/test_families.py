@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from prefixd_server.config import ModelConfig
@@ -24,21 +22,16 @@ from tests.e2e.families_table import DOCUMENT, models_page
 from tests.support.engine import EngineRun, request
 from tests.support.families import FAMILIES, ORIGINAL_POSITIONS, REFUSED, VOCAB, WINDOW, WINDOWED
 from tests.support.models import Reference, load_base, save_peft_prefix
+from tests.support.threads import one_thread
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TASKS = {"one": 1, "twenty": 20, "again": 20, "long": 130}
 PROMPT_LENGTHS = (1, 5, 18, 70)
 """several windows of 16 are passed within a prompt, and by a prefix alone"""
 MAX_NEW_TOKENS = 6
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for one another are most of the time of models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def prompts(seed: int, *lengths: int) -> list[list[int]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -25,6 +28,7 @@ __all__ = ["LoadedModel", "load_model"]
 
 log = logging.getLogger(__name__)
 
+_LONGEST_REASON = 300
 _DEFAULT_MAX_LEN = 4096
 """where neither the config nor the tokenizer names a longest context"""
 
@@ -57,16 +61,16 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model_config = _read_config(source)
-    # Set once it is built: families with a class for each implementation do not know of ours. They
-    # keep theirs here, which the probe sees.
-    module = AutoModelForCausalLM.from_pretrained(
-        source, dtype=TORCH_DTYPES.get(dtype, "auto"), attn_implementation="eager"
-    )
-    module.set_attn_implementation(interface.IMPLEMENTATION)
+    module = _load_module(source, model_config.model_type, TORCH_DTYPES.get(dtype, "auto"))
     module = module.to(device).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with _reading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     text_config = model_config.get_text_config()
-    max_model_len = _max_model_len(config.max_model_len, text_config, tokenizer)
+    max_model_len = _max_model_len(
+        config.max_model_len,
+        _max_positions(text_config, tokenizer),
+        _fixed_rope_positions(text_config),
+    )
     loaded_dtype = next(module.parameters()).dtype
     geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     return LoadedModel(
@@ -96,7 +100,11 @@ def _source(config: ModelConfig) -> str:
     if config.model == "demo":
         return str(demo_model_folder(Path(config.cache_dir).expanduser()))
     path = Path(config.model).expanduser()
-    return str(path) if path.exists() else config.model
+    if path.exists():
+        return str(path)
+    if config.model.startswith(("/", ".", "~")):
+        raise UnsupportedModel(f"--model {config.model}: there is no such folder")
+    return config.model
 
 
 def _name(model: str) -> str:
@@ -105,11 +113,19 @@ def _name(model: str) -> str:
     return Path(model).name if Path(model).expanduser().exists() else model
 
 
-def _read_config(source: str) -> Any:
+@contextmanager
+def _reading(source: str, what: str) -> Iterator[None]:
+    """transformers says in many ways that it cannot load something; here they become one."""
     try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise UnsupportedModel(f"{source} cannot be read as a {what}: {reason}") from error
+
+
+def _read_config(source: str) -> Any:
+    with _reading(source, "model"):
         model_config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{source} cannot be read as a model: {error}") from error
     if getattr(model_config, "is_encoder_decoder", False):
         raise UnsupportedModel(
             f"{source} is a {model_config.model_type} encoder-decoder; these are not served yet"
@@ -117,20 +133,34 @@ def _read_config(source: str) -> Any:
     return model_config
 
 
-def _max_model_len(wanted: int | None, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Raises UnsupportedModel where RoPE would turn every sequence by the longest of its batch."""
-    longest = wanted or _max_positions(text_config, tokenizer)
-    limit = _fixed_rope_positions(text_config)
-    if limit is None or longest <= limit:
+def _load_module(source: str, family: str, dtype: Any) -> Any:
+    with _reading(source, "model"):
+        module = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager"
+        )
+    # Only now: some families look the name up among attention classes of their own. Those that
+    # cannot take ours keep the one they have.
+    module.set_attn_implementation(interface.IMPLEMENTATION)
+    if module.config._attn_implementation != interface.IMPLEMENTATION:
+        raise UnsupportedModel(
+            f"{source} is a {family} model; {type(module).__name__}'s attention does not go through"
+            " transformers' AttentionInterface"
+        )
+    return module
+
+
+def _max_model_len(wanted: int | None, own: int, fixed_rope: int | None) -> int:
+    """``fixed_rope``: where :func:`_fixed_rope_positions` ends, if anywhere."""
+    if wanted is not None and wanted > own:
+        raise UnsupportedModel(f"--max-model-len {wanted}: the model's own context is {own}")
+    longest = wanted or own
+    if fixed_rope is None or longest <= fixed_rope:
         return longest
-    reason = (
-        f"the RoPE of this {text_config.model_type} depends on the longest sequence of a batch"
-        f" beyond {limit} positions"
-    )
+    reason = f"beyond {fixed_rope} positions, RoPE depends on the longest sequence of the batch"
     if wanted is not None:
-        raise UnsupportedModel(f"--max-model-len {wanted}: {reason}; {limit} is the most served")
-    log.warning("serving %d of %d positions: %s", limit, longest, reason)
-    return limit
+        raise UnsupportedModel(f"--max-model-len {wanted}: {reason}")
+    log.warning("serving %d of %d positions: %s", fixed_rope, own, reason)
+    return fixed_rope
 
 
 def _fixed_rope_positions(text_config: Any) -> int | None:

@@ -71,11 +71,6 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, options: LayerOptions) ->
 def observe_geometry(module: Any, *, num_layers: int) -> Geometry:
     """Raises UnsupportedModel if this model's own code cannot run a packed step correctly."""
     name = type(module).__name__
-    if module.config._attn_implementation != IMPLEMENTATION:
-        raise UnsupportedModel(
-            f"{name} cannot be served: its attention does not go through transformers'"
-            " AttentionInterface"
-        )
     device = next(module.parameters()).device
     tokens = torch.arange(1, sum(_LENGTHS) + 1, device=device)[None]
     positions = torch.cat([torch.arange(n, device=device) for n in _LENGTHS])[None]
@@ -107,9 +102,17 @@ def _run_packed(module: Any, tokens: Tensor, positions: Tensor) -> tuple[_Observ
         except PlanNotPassed:
             carry_plan_on_mask(module)
             output = module(**arguments, attention_plan=plan)
-    except TypeError as error:
-        raise UnsupportedModel(f"{type(module).__name__} cannot be served: {error}") from error
+    except Exception as error:
+        # A family with attention code of its own may fail in any way at all.
+        name = type(module).__name__
+        raise UnsupportedModel(f"{name} cannot be served: {_reason(error)}") from error
     return plan, output.logits[0]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    return f"running a packed step failed with {type(error).__name__}: {error}"
 
 
 def _check_windows(name: str, observed: dict[int, int | None], config: Any) -> None:
