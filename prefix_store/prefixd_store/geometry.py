@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from prefixd_store.errors import InvalidPrefix
 from prefixd_store.manifest import PrefixManifest
+from prefixd_store.records import Site
 
 __all__ = ["Geometry", "check_fits"]
 
@@ -20,6 +21,19 @@ class Geometry:
     max_positions: int | None = None
     """position ids that the model can take; None: no limit"""
     has_encoder: bool = False
+    num_encoder_layers: int | None = None
+    """None: as many as the decoder's"""
+
+    @property
+    def num_kv_layers(self) -> int:
+        """How many layers of KV memory a token takes, whatever its site."""
+        return max(self.num_layers, self.num_encoder_layers or 0)
+
+    def layers_of(self, site: Site) -> int:
+        """How many layers take a prefix at ``site``."""
+        if site == "encoder" and self.num_encoder_layers is not None:
+            return self.num_encoder_layers
+        return self.num_layers
 
 
 def check_fits(manifest: PrefixManifest, geometry: Geometry, fingerprint: str | None) -> bool:
@@ -29,8 +43,8 @@ def check_fits(manifest: PrefixManifest, geometry: Geometry, fingerprint: str | 
     when it cannot be compared. A different one is refused.
     """
     _check_sites(manifest, geometry)
-    wanted = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
     for site, (layers, heads, tokens, dim) in manifest.sites.items():
+        wanted = (geometry.layers_of(site), geometry.num_kv_heads, geometry.head_dim)
         if (layers, heads, dim) != wanted:
             raise InvalidPrefix(
                 f"the {site} tensors are [L={layers}, H_kv={heads}, P={tokens}, D={dim}] but the "

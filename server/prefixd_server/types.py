@@ -21,6 +21,7 @@ __all__ = [
     "PrefixState",
     "PrefixVersion",
     "SamplingParams",
+    "SiteLengths",
     "Started",
     "Token",
 ]
@@ -31,6 +32,14 @@ class PrefixKey(NamedTuple):
 
     tenant: str
     sha256: str
+
+
+class SiteLengths(NamedTuple):
+    """Virtual tokens of a prefix by where they go; only an encoder-decoder has the last two."""
+
+    decoder: int = 0
+    encoder: int = 0
+    cross: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,12 @@ class PrefixVersion:
     query_offset: int
     starts_sequence: bool = False
     """the prefix was compiled from text and already holds the tokenizer's leading special tokens"""
+    sites: SiteLengths = SiteLengths()
+    """none given: all ``num_virtual_tokens`` are the decoder's"""
+
+    def __post_init__(self) -> None:
+        if not any(self.sites):
+            object.__setattr__(self, "sites", SiteLengths(decoder=self.num_virtual_tokens))
 
     @property
     def key(self) -> PrefixKey:

@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
-from prefixd_server.attention import interface
+from prefixd_server.attention import interface, seq2seq
 from prefixd_server.config import ModelConfig
 from prefixd_server.errors import UnsupportedModel
 from prefixd_server.kv.pool import TORCH_DTYPES
 from prefixd_server.models.demo import DEMO_NAME, demo_model_folder
 from prefixd_server.models.probe import observe_geometry
+from prefixd_server.models.seq2seq import DecoderRules, Seq2SeqModel
+from prefixd_server.models.seq2seq_probe import observe_seq2seq_geometry
 from prefixd_store.errors import InvalidRequest
 from prefixd_store.fingerprint import fingerprint_folder
 from prefixd_store.geometry import Geometry
@@ -44,11 +52,16 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     device: torch.device
     dtype: torch.dtype
+    seq2seq: Seq2SeqModel | None = None
+    """an encoder-decoder's ``module``, with what it takes to call it; None: decoder-only"""
+    decoder_rules: DecoderRules | None = None
+    """how an encoder-decoder's output begins and ends"""
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
     """Raises UnsupportedModel, by name and with the reason, for a model that cannot be served."""
     interface.register()
+    seq2seq.register()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     source = _source(config)
@@ -57,17 +70,17 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model_config = _read_config(source)
-    module = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=TORCH_DTYPES.get(dtype, "auto"),
-        attn_implementation=interface.IMPLEMENTATION,
-    )
+    module = _read_model(source, model_config, TORCH_DTYPES.get(dtype, "auto"))
     module = module.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(source)
     text_config = model_config.get_text_config()
     max_model_len = config.max_model_len or _max_positions(text_config, tokenizer)
     loaded_dtype = next(module.parameters()).dtype
-    geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
+    encoder_decoder = Seq2SeqModel(module) if model_config.is_encoder_decoder else None
+    if encoder_decoder is not None:
+        geometry = observe_seq2seq_geometry(encoder_decoder)
+    else:
+        geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,
@@ -80,6 +93,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
         eos_token_ids=_eos_token_ids(module, tokenizer),
         device=device,
         dtype=loaded_dtype,
+        seq2seq=encoder_decoder,
+        decoder_rules=DecoderRules.of(module) if encoder_decoder is not None else None,
     )
 
 
@@ -109,11 +124,22 @@ def _read_config(source: str) -> Any:
         model_config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"{source} cannot be read as a model: {error}") from error
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{source} is a {model_config.model_type} encoder-decoder; these are not served yet"
-        )
     return model_config
+
+
+def _read_model(source: str, model_config: Any, dtype: Any) -> Any:
+    if not model_config.is_encoder_decoder:
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=interface.IMPLEMENTATION
+        )
+    if type(model_config) not in AutoModelForSeq2SeqLM._model_mapping:
+        raise UnsupportedModel(
+            f"{source} is a {model_config.model_type} encoder-decoder, which transformers has no"
+            " text-to-text model for"
+        )
+    return AutoModelForSeq2SeqLM.from_pretrained(
+        source, dtype=dtype, attn_implementation=seq2seq.IMPLEMENTATION
+    )
 
 
 def _max_positions(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:

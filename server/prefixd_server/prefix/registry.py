@@ -25,7 +25,7 @@ from prefixd_server.config import LimitsConfig
 from prefixd_server.errors import InvalidRequest, NotFound, StoreUnavailable
 from prefixd_server.prefix.feed import Feed, FeedHealth
 from prefixd_server.prefix.mirror import ChangeListener, Mirror, TaskKey
-from prefixd_server.types import PrefixVersion
+from prefixd_server.types import PrefixVersion, SiteLengths
 
 __all__ = ["Registry", "pick_version", "to_prefix_version"]
 
@@ -229,6 +229,7 @@ def to_prefix_version(task: TaskRecord, version: VersionRecord) -> PrefixVersion
         num_virtual_tokens=version.num_virtual_tokens,
         query_offset=version.query_offset,
         starts_sequence=version.format == "compiled",
+        sites=SiteLengths(**{site: shape[2] for site, shape in version.sites.items()}),
     )
 
 
