@@ -169,7 +169,9 @@ class Rig:
             if not self.engine.has_work:
                 return
             self.world.executor.run_all()
-        raise AssertionError(f"{self.engine.num_waiting} waiting, {self.engine.num_running} running")
+        raise AssertionError(
+            f"{self.engine.num_waiting} waiting, {self.engine.num_running} running"
+        )
 
     def finish(self, request_id: str) -> Finish:
         (finish,) = [o.finish for o in self.outputs[request_id] if o.finish is not None]

@@ -124,7 +124,9 @@ class EncoderPlan:
 
     def _prefix(self, stored: Tensor) -> Tensor:
         """[B, H, P, D]; zeros where a row's prefix is shorter, for what lies there may be NaN."""
-        rows = stored.index_select(0, self._slots.view(-1)).view(*self._slots.shape, *stored.shape[1:])
+        rows = stored.index_select(0, self._slots.view(-1)).view(
+            *self._slots.shape, *stored.shape[1:]
+        )
         return rows.masked_fill(self._absent, 0.0).transpose(1, 2)
 
     def _bias(self, relative: RelativeBias) -> Tensor:

@@ -144,7 +144,9 @@ class _PassingCache:
     def get_seq_length(self, layer_idx: int = 0) -> Tensor:
         return self._length
 
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return key, value
 
 
