@@ -3,37 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prefixd_store.errors import InvalidPrefix
 from prefixd_store.manifest import PrefixManifest
 from prefixd_store.records import Site
 
-__all__ = ["Geometry", "check_fits"]
+__all__ = ["Geometry", "SiteGeometry", "check_fits"]
+
+
+class SiteGeometry(NamedTuple):
+    """What a prefix must look like where it goes: [num_layers, num_kv_heads, P, head_dim]."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The KV geometry of a frozen LM (its decoder's), the same in all its layers."""
+    """The KV geometry of a frozen LM: its decoder's, the same in all layers, and its encoder's."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     max_positions: int | None = None
     """position ids that the model can take; None: no limit"""
-    has_encoder: bool = False
-    num_encoder_layers: int | None = None
-    """None: as many as the decoder's"""
+    encoder: SiteGeometry | None = None
+    """None: a decoder-only model"""
+    encoder_starts_at_zero: bool = False
+    """the encoder's positions are absolute and begin at 0, whatever a prefix says"""
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.encoder is not None
 
     @property
     def num_kv_layers(self) -> int:
         """How many layers of KV memory a token takes, whatever its site."""
-        return max(self.num_layers, self.num_encoder_layers or 0)
+        return max(site.num_layers for site in self.sites.values())
 
-    def layers_of(self, site: Site) -> int:
-        """How many layers take a prefix at ``site``."""
-        if site == "encoder" and self.num_encoder_layers is not None:
-            return self.num_encoder_layers
-        return self.num_layers
+    @property
+    def decoder(self) -> SiteGeometry:
+        return SiteGeometry(self.num_layers, self.num_kv_heads, self.head_dim)
+
+    @property
+    def sites(self) -> dict[Site, SiteGeometry]:
+        """Every site the model has. Cross-attention is the decoder's, and has its shape."""
+        if self.encoder is None:
+            return {"decoder": self.decoder}
+        return {"decoder": self.decoder, "encoder": self.encoder, "cross": self.decoder}
 
 
 def check_fits(manifest: PrefixManifest, geometry: Geometry, fingerprint: str | None) -> bool:
@@ -44,13 +63,19 @@ def check_fits(manifest: PrefixManifest, geometry: Geometry, fingerprint: str | 
     """
     _check_sites(manifest, geometry)
     for site, (layers, heads, tokens, dim) in manifest.sites.items():
-        wanted = (geometry.layers_of(site), geometry.num_kv_heads, geometry.head_dim)
+        wanted = geometry.sites[site]
         if (layers, heads, dim) != wanted:
             raise InvalidPrefix(
                 f"the {site} tensors are [L={layers}, H_kv={heads}, P={tokens}, D={dim}] but the "
                 f"model takes [L={wanted[0]}, H_kv={wanted[1]}, P, D={wanted[2]}]",
                 param=f"{site}.key",
             )
+    if geometry.encoder_starts_at_zero and "encoder" in manifest.sites and manifest.query_offset:
+        raise InvalidPrefix(
+            f"an encoder prefix with query offset {manifest.query_offset}: the positions of this"
+            " model's encoder begin at 0, so the offset must be 0",
+            param="query_offset",
+        )
     _check_room(manifest, geometry)
     if manifest.base_fingerprint is None or fingerprint is None:
         return False
@@ -64,7 +89,7 @@ def check_fits(manifest: PrefixManifest, geometry: Geometry, fingerprint: str | 
 
 
 def _check_sites(manifest: PrefixManifest, geometry: Geometry) -> None:
-    if not geometry.has_encoder and manifest.sites.keys() != {"decoder"}:
+    if not manifest.sites.keys() <= geometry.sites.keys():
         found = ", ".join(sorted(manifest.sites))
         raise InvalidPrefix(
             f"the prefix has tensors for {found}; a decoder-only model takes decoder alone"

@@ -42,6 +42,9 @@ class SiteLengths(NamedTuple):
     cross: int = 0
 
 
+_NOT_GIVEN = SiteLengths()
+
+
 @dataclass(frozen=True, slots=True)
 class PrefixVersion:
     """One immutable version of a task, as admission resolved it."""
@@ -54,7 +57,7 @@ class PrefixVersion:
     query_offset: int
     starts_sequence: bool = False
     """the prefix was compiled from text and already holds the tokenizer's leading special tokens"""
-    sites: SiteLengths = SiteLengths()
+    sites: SiteLengths = _NOT_GIVEN
     """none given: all ``num_virtual_tokens`` are the decoder's"""
 
     def __post_init__(self) -> None:
@@ -64,6 +67,15 @@ class PrefixVersion:
     @property
     def key(self) -> PrefixKey:
         return PrefixKey(self.tenant, self.sha256)
+
+    @property
+    def decoder_offset(self) -> int:
+        """The position of the first prompt token; a stream without a prefix begins at 0."""
+        return self.query_offset if self.sites.decoder else 0
+
+    @property
+    def encoder_offset(self) -> int:
+        return self.query_offset if self.sites.encoder else 0
 
 
 class PrefixState(enum.StrEnum):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from prefixd_server.config import CacheConfig
 from prefixd_server.kv.allocator import PageAllocator
 from prefixd_server.prefix import Blocked, Lease, Residency

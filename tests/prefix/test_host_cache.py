@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+
 from prefixd_server.prefix.host_cache import HostCache, HostPrefix
 from prefixd_server.types import PrefixKey
 

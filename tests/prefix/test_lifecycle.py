@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from prefixd_server.prefix.lifecycle import NEW, Life, LifeEvent, advance
 from prefixd_server.types import PrefixState
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
+
 from prefixd_server.prefix import mirror as mirror_module
 from prefixd_server.prefix.mirror import Mirror, TaskKey
 from prefixd_store.records import TaskRecord

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+
 from prefixd_server.config import LimitsConfig
 from prefixd_server.errors import Conflict, InvalidRequest, NotFound, StoreUnavailable
 from prefixd_server.prefix import References, Registry
@@ -13,7 +14,6 @@ from prefixd_server.prefix.registry import pick_version
 from prefixd_server.types import PrefixKey
 from prefixd_store.records import TaskRecord
 from prefixd_store.store import PutResult
-
 from tests.prefix.support import TENANT, FaultyStore, write_blob
 
 

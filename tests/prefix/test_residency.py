@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from prefixd_server.errors import (
     CorruptBlob,
     InvalidPrefix,
@@ -14,7 +15,6 @@ from prefixd_server.errors import (
 )
 from prefixd_server.prefix import Blocked, Lease
 from prefixd_server.types import PrefixKey, PrefixState, PrefixVersion
-
 from tests.prefix.support import GEOMETRY, TENANT, World, tensors, write_blob
 
 S = PrefixState
@@ -255,6 +255,17 @@ def test_aborting_all_waiters_cancels_a_queued_load(tmp_path: Path) -> None:
     world.residency.unpin(b.key)
     world.settle()
     assert world.store.reads == {a.sha256: 1}
+
+
+def test_aborting_what_waits_in_host_memory_lets_the_next_load_start(tmp_path: Path) -> None:
+    world = World(tmp_path, load_threads=1, host_cache_bytes=0)
+    a, b, _ = world.versions
+    world.residency.pin(a)
+    world.residency.pin(b)
+    world.settle()
+    assert (world.state(a), world.state(b)) == (S.HOST, S.STORED)
+    world.residency.unpin(a.key)
+    assert world.state(b) is S.LOADING
 
 
 def test_aborting_all_waiters_of_a_running_load_leaves_it_in_host_memory(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from prefixd_server.prefix import Blocked, Lease
 from prefixd_server.types import PrefixState
 from prefixd_store.errors import StoreUnavailable
-
 from tests.prefix.support import World
 
 S = PrefixState

@@ -85,7 +85,10 @@ class _Group:
             shift = torch.tensor(self._shifts, device=self.key_index.device).view(-1, 1)
             position = (self.query_index + shift)[:, :, None]  # [N, Q, 1]
             values = relative(self.key_index - position).permute(0, 3, 1, 2)  # [N, H, Q, S]
-            values = values.unflatten(1, (-1, heads_per_kv)).flatten(2, 3)
+            num_heads, num_queries, num_keys = values.shape[1:]
+            values = values.reshape(
+                -1, num_heads // heads_per_kv, heads_per_kv * num_queries, num_keys
+            )
             mask = self.mask(None, heads_per_kv)
             if mask is not None:
                 values = values.masked_fill(~mask, float("-inf"))

@@ -88,7 +88,7 @@ class Admission:
         num_encoder_tokens: int = 0,
     ) -> None:
         new = request.sampling.max_new_tokens
-        offset = prefix.query_offset if prefix else 0
+        offset = prefix.decoder_offset if prefix else 0
         if offset + len(prompt) + new > self.max_model_len:
             raise PromptTooLong(
                 f"{len(prompt)} prompt tokens, {new} new tokens and {offset} virtual tokens make"

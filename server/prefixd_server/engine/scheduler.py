@@ -133,8 +133,8 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the sequence pages for ``num_tokens``, preempting from the end of the order.
 
-        Only decodes lack pages (admission reserved a prefill's) and they grow in order, so no victim
-        is in this step already.
+        Only decodes lack pages (admission reserved a prefill's) and they grow in order, so no
+        victim is in this step already.
         """
         missing = pages_for(num_tokens, self.allocator.page_size) - len(sequence.pages)
         if missing <= 0:

@@ -56,13 +56,11 @@ def _encoder_row(sequence: Sequence) -> EncoderRow:
     num_tokens = len(sequence.encoder_token_ids)
     if sequence.prefix is None or sequence.lease is None:
         return EncoderRow(num_tokens)
-    prefix_len = sequence.prefix.sites.encoder
     return EncoderRow(
         num_tokens,
         sequence.lease.sites.encoder,
-        prefix_len,
-        # An offset says that virtual tokens take up positions: here the encoder's own.
-        position_offset=prefix_len if sequence.position_offset else 0,
+        sequence.prefix.sites.encoder,
+        position_offset=sequence.prefix.encoder_offset,
     )
 
 

@@ -93,7 +93,7 @@ class Sequence:
     @property
     def position_offset(self) -> int:
         """The position id of the first prompt token."""
-        return self.prefix.query_offset if self.prefix else 0
+        return self.prefix.decoder_offset if self.prefix else 0
 
     @property
     def order(self) -> tuple[int, float, str]:

@@ -24,6 +24,8 @@ class Call:
     n: int = 1
     best_of: int = 1
     truncate: int | None = None
+    chat: bool = False
+    """``prompt`` is one user message, to be put through the model's own chat template"""
     timeout_s: float = 600.0
     priority: int = 0
     request_id: str = ""

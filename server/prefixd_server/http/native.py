@@ -33,6 +33,12 @@ _STREAM = {
     "content": {
         "text/event-stream": {
             "schema": {"type": "string"},
+            # OpenAPI 3.2's word for one event, which FastAPI uses in 3.1 too.
+            "itemSchema": {
+                "type": "object",
+                "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+                "required": ["data"],
+            },
             "example": 'data: {"index": 1, "token": {"id": 42, "text": " Blue", "logprob": -0.03,'
             ' "special": false}, "top_tokens": null, "generated_text": null, "details": null}\n\n',
         }
@@ -84,6 +90,7 @@ async def _prepare(
         n=n,
         best_of=parameters.best_of or n,
         truncate=parameters.truncate,
+        chat=bool(record and record.defaults.get("chat_template")),
         timeout_s=min(parameters.timeout_s or limit, limit),
         priority=parameters.priority or 0,
         request_id=request.state.request_id,

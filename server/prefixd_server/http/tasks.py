@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import Query, Response
 
+from prefixd_server.errors import InvalidRequest
 from prefixd_server.http.answers import TaskAnswer, TasksAnswer, VersionAnswer, errors
 from prefixd_server.http.auth import Tenant
 from prefixd_server.http.parameters import check_parameters
 from prefixd_server.http.paths import IfMatch, TaskName, Version
 from prefixd_server.http.route import router
-from prefixd_server.http.schemas import ActivateRequest, PatchRequest, QueryInt
+from prefixd_server.http.schemas import ActivateRequest, PageSize, PatchRequest
 from prefixd_server.http.services import Services, ServicesDep
 from prefixd_server.types import PrefixKey
 from prefixd_store.records import TaskRecord, VersionRecord
@@ -33,7 +34,7 @@ async def list_tasks(
     prefix: Annotated[
         str, Query(pattern=r"^[a-z0-9._-]{0,128}$", description="names that begin so")
     ] = "",
-    limit: Annotated[QueryInt, Query(ge=1, le=1000)] = 100,
+    limit: PageSize = 100,
     cursor: Annotated[
         str | None,
         Query(pattern=r"^[a-z0-9._-]{1,128}$", description="`next_cursor` of the page before"),
@@ -72,6 +73,11 @@ async def patch_task(
             body.defaults.parameters,
             vocab_size=services.model.vocab_size,
             at="defaults.parameters",
+        )
+    if body.defaults.chat_template and not services.frontend.codec.has_chat_template:
+        raise InvalidRequest(
+            f"the tokenizer of {services.model.name} has no chat template",
+            param="defaults.chat_template",
         )
     record = await services.ask(
         services.registry.update, tenant, task, body.changes(), if_match=if_match

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,6 +36,7 @@ __all__ = ["LoadedModel", "load_model"]
 
 log = logging.getLogger(__name__)
 
+_LONGEST_REASON = 300
 _DEFAULT_MAX_LEN = 4096
 """where neither the config nor the tokenizer names a longest context"""
 
@@ -70,11 +74,12 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model_config = _read_config(source)
-    module = _read_model(source, model_config, TORCH_DTYPES.get(dtype, "auto"))
+    module = _load_module(source, model_config, TORCH_DTYPES.get(dtype, "auto"))
     module = module.to(device).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with _reading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     text_config = model_config.get_text_config()
-    max_model_len = config.max_model_len or _max_positions(text_config, tokenizer)
+    max_model_len = _max_model_len(config.max_model_len, text_config, tokenizer)
     loaded_dtype = next(module.parameters()).dtype
     encoder_decoder = Seq2SeqModel(module) if model_config.is_encoder_decoder else None
     if encoder_decoder is not None:
@@ -110,7 +115,11 @@ def _source(config: ModelConfig) -> str:
     if config.model == "demo":
         return str(demo_model_folder(Path(config.cache_dir).expanduser()))
     path = Path(config.model).expanduser()
-    return str(path) if path.exists() else config.model
+    if path.exists():
+        return str(path)
+    if config.model.startswith(("/", ".", "~")):
+        raise UnsupportedModel(f"--model {config.model}: there is no such folder")
+    return config.model
 
 
 def _name(model: str) -> str:
@@ -119,27 +128,46 @@ def _name(model: str) -> str:
     return Path(model).name if Path(model).expanduser().exists() else model
 
 
-def _read_config(source: str) -> Any:
+@contextmanager
+def _reading(source: str, what: str) -> Iterator[None]:
+    """transformers says in many ways that it cannot load something; here they become one."""
     try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise UnsupportedModel(f"{source} cannot be read as a {what}: {reason}") from error
+
+
+def _read_config(source: str) -> Any:
+    with _reading(source, "model"):
         model_config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{source} cannot be read as a model: {error}") from error
     return model_config
 
 
-def _read_model(source: str, model_config: Any, dtype: Any) -> Any:
-    if not model_config.is_encoder_decoder:
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=interface.IMPLEMENTATION
-        )
-    if type(model_config) not in AutoModelForSeq2SeqLM._model_mapping:
+def _load_module(source: str, model_config: Any, dtype: Any) -> Any:
+    loader, attention = AutoModelForCausalLM, interface.IMPLEMENTATION
+    if model_config.is_encoder_decoder:
+        loader, attention = AutoModelForSeq2SeqLM, seq2seq.IMPLEMENTATION
+    try:
+        with _reading(source, "model"):
+            return loader.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    except KeyError as error:
+        if error.args != (attention,):
+            raise
+        # The family looks the name up among attention classes of its own.
         raise UnsupportedModel(
-            f"{source} is a {model_config.model_type} encoder-decoder, which transformers has no"
-            " text-to-text model for"
-        )
-    return AutoModelForSeq2SeqLM.from_pretrained(
-        source, dtype=dtype, attn_implementation=seq2seq.IMPLEMENTATION
-    )
+            f"{source} is a {model_config.model_type} model; their attention does not go through"
+            " transformers' AttentionInterface"
+        ) from error
+
+
+def _max_model_len(wanted: int | None, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    own = _max_positions(text_config, tokenizer)
+    # T5's positions are relative and never run out: its own length is only what it was trained on.
+    endless = hasattr(text_config, "relative_attention_max_distance")
+    if wanted is not None and wanted > own and not endless:
+        raise UnsupportedModel(f"--max-model-len {wanted}: the model's own context is {own}")
+    return wanted or own
 
 
 def _max_positions(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:

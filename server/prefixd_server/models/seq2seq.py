@@ -81,6 +81,11 @@ class Seq2SeqModel:
         self._dtype: torch.dtype = self.module.get_input_embeddings().weight.dtype
 
     @property
+    def has_relative_positions(self) -> bool:
+        """A bias by distance, as T5, instead of positions that are embedded and can run out."""
+        return any(hasattr(m, "relative_attention_bias") for m in self.encoder.modules())
+
+    @property
     def device(self) -> torch.device:
         return cast(torch.device, self.module.device)
 
@@ -150,13 +155,13 @@ class _PassingCache:
         return key, value
 
 
-class _StepCache(EncoderDecoderCache):
+class _StepCache(EncoderDecoderCache):  # type: ignore[misc]
     def __init__(self, positions: Tensor, num_layers: int, project: bool) -> None:
         """``project``: cross-attention is given new encoder output to make keys of."""
         passing = _PassingCache(positions, num_layers)
-        self.self_attention_cache = passing  # type: ignore[assignment]
-        self.cross_attention_cache = passing  # type: ignore[assignment]
-        self.is_updated = {layer: not project for layer in range(num_layers)}
+        self.self_attention_cache = passing
+        self.cross_attention_cache = passing
+        self.is_updated = dict.fromkeys(range(num_layers), not project)
 
 
 class _BucketedBias:

@@ -18,7 +18,7 @@ from prefixd_server.attention.seq2seq import IMPLEMENTATION, EncoderPlan, Encode
 from prefixd_server.errors import UnsupportedModel
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.models.seq2seq import Seq2SeqModel
-from prefixd_store.geometry import Geometry
+from prefixd_store.geometry import Geometry, SiteGeometry
 
 __all__ = ["observe_seq2seq_geometry"]
 
@@ -58,8 +58,8 @@ def observe_seq2seq_geometry(model: Seq2SeqModel) -> Geometry:
         num_layers=model.num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        has_encoder=True,
-        num_encoder_layers=model.num_encoder_layers,
+        encoder=SiteGeometry(model.num_encoder_layers, num_kv_heads, head_dim),
+        encoder_starts_at_zero=not model.has_relative_positions,
     )
 
 

@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prefixd_store.records import Event
-from prefixd_store.store import Store
-
 from prefixd_server.errors import PrefixdError
 from prefixd_server.prefix.mirror import TaskKey
+from prefixd_store.records import Event
+from prefixd_store.store import Store
 
 __all__ = ["Feed", "FeedHealth"]
 

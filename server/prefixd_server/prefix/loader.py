@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy.typing as npt
-from prefixd_store.format import Limits, parse_prefix
-from prefixd_store.geometry import Geometry, check_fits
-from prefixd_store.store import Store
 
 from prefixd_server.errors import InvalidPrefix, PrefixdError, StoreUnavailable, Unavailable
 from prefixd_server.prefix.entry import SitePages
 from prefixd_server.prefix.host_cache import HostPrefix
 from prefixd_server.types import PrefixKey, PrefixVersion, SiteLengths
+from prefixd_store.format import Limits, parse_prefix
+from prefixd_store.geometry import Geometry, check_fits
+from prefixd_store.store import Store
 
 __all__ = ["Completion", "Copied", "Fetched", "LoadFailed", "Loader", "PrefixPool"]
 

@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
-from prefixd_store.records import TaskRecord
-
 from prefixd_server.types import PrefixKey
+from prefixd_store.records import TaskRecord
 
 __all__ = ["KeyOwner", "References"]
 

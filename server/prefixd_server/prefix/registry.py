@@ -18,14 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefixd_store.records import TaskRecord, VersionRecord
-from prefixd_store.store import PutResult, Store, TaskPage
-
 from prefixd_server.config import LimitsConfig
 from prefixd_server.errors import InvalidRequest, NotFound, StoreUnavailable
 from prefixd_server.prefix.feed import Feed, FeedHealth
 from prefixd_server.prefix.mirror import ChangeListener, Mirror, TaskKey
 from prefixd_server.types import PrefixVersion, SiteLengths
+from prefixd_store.records import TaskRecord, VersionRecord
+from prefixd_store.store import PutResult, Store, TaskPage
 
 __all__ = ["Registry", "pick_version", "to_prefix_version"]
 

@@ -28,10 +28,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import NamedTuple, TypeVar
 
-from prefixd_store.format import Limits
-from prefixd_store.geometry import Geometry
-from prefixd_store.store import Store
-
 from prefixd_server.config import CacheConfig
 from prefixd_server.errors import InvalidRequest, PrefixdError
 from prefixd_server.kv.allocator import PageAllocator
@@ -50,6 +46,9 @@ from prefixd_server.prefix.lifecycle import LifeEvent, advance
 from prefixd_server.prefix.load_queue import LoadQueue
 from prefixd_server.prefix.loader import Completion, Copied, Fetched, Loader, LoadFailed, PrefixPool
 from prefixd_server.types import PrefixKey, PrefixState, PrefixVersion
+from prefixd_store.format import Limits
+from prefixd_store.geometry import Geometry
+from prefixd_store.store import Store
 
 __all__ = ["Residency"]
 
@@ -215,7 +214,9 @@ class Residency:
         assert self._loads.num_fetching == sum(e.fetching for e in self._entries.values())
         assert len(self._device) == sum(bool(e.pages) for e in self._entries.values())
         assert len(self._cache) == sum(key in self._cache for key in self._entries)
-        assert all(self._entries[key].pins for key in self._transit)
+        for key in self._transit:
+            assert self._entries[key].pins, f"{key} is in transit for nobody"
+            assert self._entries[key].place is PrefixState.HOST
 
     def close(self) -> None:
         """Stop loading and give all pages back; leases still out are void. Idempotent."""
@@ -271,6 +272,7 @@ class Residency:
         if not self._device.reserve(entry, force=force):
             return False
         entry.advance(LifeEvent.COPY)
+        self._transit.pop(entry.key, None)  # from here on the job holds it
         self._loads.copy(entry.key, entry.site_pages, prefix)
         return True
 
@@ -300,10 +302,9 @@ class Residency:
                 self._observer.load_seconds("store", seconds)
                 entry.advance(LifeEvent.FETCHED)
                 self._keep(key, prefix)
-            case Copied(key, seconds):
+            case Copied(_, seconds):
                 self._observer.load_seconds("host", seconds)
                 entry.advance(LifeEvent.COPIED)
-                self._transit.pop(key, None)
             case LoadFailed(_, error):
                 self._fail(entry, error)
         self._settle(entry)
