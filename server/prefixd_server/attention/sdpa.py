@@ -85,10 +85,8 @@ class _Group:
             shift = torch.tensor(self._shifts, device=self.key_index.device).view(-1, 1)
             position = (self.query_index + shift)[:, :, None]  # [N, Q, 1]
             values = relative(self.key_index - position).permute(0, 3, 1, 2)  # [N, H, Q, S]
-            num_heads, num_queries, num_keys = values.shape[1:]
-            values = values.reshape(
-                -1, num_heads // heads_per_kv, heads_per_kv * num_queries, num_keys
-            )
+            num_seqs, _, num_queries, num_keys = values.shape
+            values = values.reshape(num_seqs, -1, heads_per_kv * num_queries, num_keys)
             mask = self.mask(None, heads_per_kv)
             if mask is not None:
                 values = values.masked_fill(~mask, float("-inf"))

@@ -75,7 +75,7 @@ class Sequence:
 
     @property
     def num_unencoded(self) -> int:
-        """Tokens of the encoder that run with the next step: all of them in the first, then none."""
+        """Tokens of the encoder that run with the next step: all in the first, then none."""
         return 0 if self.num_computed else len(self.encoder_token_ids)
 
     @property

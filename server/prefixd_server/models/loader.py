@@ -140,8 +140,7 @@ def _reading(source: str, what: str) -> Iterator[None]:
 
 def _read_config(source: str) -> Any:
     with _reading(source, "model"):
-        model_config = AutoConfig.from_pretrained(source)
-    return model_config
+        return AutoConfig.from_pretrained(source)
 
 
 def _load_module(source: str, model_config: Any, dtype: Any) -> Any:

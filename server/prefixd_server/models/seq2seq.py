@@ -48,8 +48,8 @@ class DecoderRules(NamedTuple):
             start = config.bos_token_id
         if not isinstance(start, int):
             raise UnsupportedModel(
-                f"{type(module).__name__} cannot be served: its decoder_start_token_id is {start!r},"
-                " not one token"
+                f"{type(module).__name__} cannot be served: its decoder_start_token_id is"
+                f" {start!r}, not one token"
             )
         eos = _ids(config.eos_token_id)
         bad = [ids[0] for ids in config.bad_words_ids or [] if len(ids) == 1]
