@@ -150,8 +150,9 @@ class Seq2SeqReference:
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
-        AttentionInterface.register(_REFERENCE, self._attend)
-        self.model.set_attn_implementation(_REFERENCE)
+        name = f"{_REFERENCE}-{id(self)}"
+        AttentionInterface.register(name, self._attend)
+        self.model.set_attn_implementation(name)
         self._prefix: Prefix = {}
         self._sites: dict[int, tuple[str, int]] = {}
         for stack, names in (
