@@ -17,6 +17,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
 
 from prefixd_server.config import ModelConfig
+from prefixd_server.kv.allocator import pages_for
 from prefixd_server.models.loader import LoadedModel, load_model
 from prefixd_server.types import FinishReason
 from tests.support.engine import EngineRun, request
@@ -120,6 +121,11 @@ def test_a_mixed_batch_equals_each_alone(world: World, tmp_path: Path) -> None:
         submit(run, world.cases)
         run.run()
         assert_as_expected(run, world.cases)
+        # Each prefix is there once, its sites in pages of their own.
+        held = sum(len(pages) for pages in run.server.residency.owned_pages())
+        assert held == sum(
+            len(sites) * pages_for(length, 16) for sites in SITES.values() for length in LENGTHS
+        )
 
 
 def test_late_arrivals_join_what_runs(world: World, tmp_path: Path) -> None:

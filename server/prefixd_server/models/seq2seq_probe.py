@@ -22,6 +22,7 @@ from prefixd_store.geometry import Geometry, SiteGeometry
 
 __all__ = ["observe_seq2seq_geometry"]
 
+_LONGEST_REASON = 300
 _TEXTS = ([5, 6, 7, 8, 9], [4, 3, 2])
 _OUTPUTS = ([2, 5, 4, 3], [3, 6])
 _PAGES = [(0,), (1,), (2,), (3,)]
@@ -51,8 +52,12 @@ def observe_seq2seq_geometry(model: Seq2SeqModel) -> Geometry:
     try:
         num_kv_heads, head_dim = _shape(model, name)
         packed = _run(model, num_kv_heads, head_dim)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise UnsupportedModel(f"{name} cannot be served: {error}") from error
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        # A family with attention code of its own may fail in any way at all.
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        raise UnsupportedModel(f"{name} cannot be served: {reason}") from error
     _compare_with_reference(model, name, packed)
     return Geometry(
         num_layers=model.num_layers,
