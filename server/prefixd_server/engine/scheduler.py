@@ -5,6 +5,9 @@ waiting ones are admitted in order of (priority, arrival). Admission reserves th
 the pages of all tokens known so far, or changes nothing. A sequence whose prefix is still loading
 is passed over; one that lacks pages holds back those behind it, so that it is not starved.
 
+An encoder-decoder's encoder runs whole, in the step that admits its sequence. The first that is
+admitted in a step may be longer than the budget, or a long text would never run.
+
 When a decode needs a page and none is free, idle prefixes are evicted; then the running sequence
 that is last in order is preempted: it waits again, and its tokens are computed anew.
 """
@@ -87,8 +90,8 @@ class Scheduler:
         self._give_back(sequence)
 
     def owned_pages(self) -> list[list[int]]:
-        """Each running sequence's own pages, for :meth:`PageAllocator.check`."""
-        return [sequence.pages for sequence in self.running]
+        """Each running sequence's own page lists, for :meth:`PageAllocator.check`."""
+        return [pages for sequence in self.running for pages in _held(sequence)]
 
     def check(self) -> None:
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
@@ -96,13 +99,15 @@ class Scheduler:
             assert all(sequence.status is status for sequence in queue)
         assert len(self.running) <= self.max_num_seqs
         for sequence in self.waiting:
-            assert not sequence.pages
+            assert not any(_held(sequence))
             assert sequence.lease is None
             assert sequence.num_computed == 0
         for sequence in self.running:
             assert 0 <= sequence.num_computed < sequence.num_tokens
             held = len(sequence.pages) * self.allocator.page_size
             assert held >= sequence.num_computed
+            held = len(sequence.cross_pages) * self.allocator.page_size
+            assert held >= len(sequence.encoder_token_ids)
             assert (sequence.lease is None) == (sequence.prefix is None)
 
     # --- running ---------------------------------------------------------------------------------
@@ -163,6 +168,8 @@ class Scheduler:
         for sequence in self.waiting:
             if budget == 0 or len(self.running) >= self.max_num_seqs:
                 break
+            if admitted and budget <= sequence.num_unencoded:
+                break
             try:
                 outcome = self._reserve(sequence)
             except PrefixdError as error:
@@ -175,6 +182,7 @@ class Scheduler:
             admitted.append(sequence)
             sequence.status = Status.RUNNING
             insort(self.running, sequence, key=_order)
+            budget = max(1, budget - sequence.num_unencoded)
             num_tokens = min(sequence.num_uncomputed, budget)
             scheduled.append(Scheduled(sequence, num_tokens))
             budget -= num_tokens
@@ -189,7 +197,8 @@ class Scheduler:
             if isinstance(outcome, Blocked):
                 return outcome
             lease = outcome
-        needed = pages_for(sequence.num_tokens, self.allocator.page_size)
+        cross = pages_for(len(sequence.encoder_token_ids), self.allocator.page_size)
+        needed = cross + pages_for(sequence.num_tokens, self.allocator.page_size)
         # One spare page for each running sequence's next growth, or admitting this one would soon
         # preempt it again.
         pages = self._allocate(needed, spare=len(self.running), force=not self.running)
@@ -197,7 +206,8 @@ class Scheduler:
             if lease is not None:
                 lease.release()
             return Blocked.NO_PAGES
-        sequence.pages, sequence.lease = pages, lease
+        sequence.cross_pages, sequence.pages = pages[:cross], pages[cross:]
+        sequence.lease = lease
         return None
 
     # --- pages -----------------------------------------------------------------------------------
@@ -209,11 +219,16 @@ class Scheduler:
         return self.allocator.allocate(count)
 
     def _give_back(self, sequence: Sequence) -> None:
-        self.allocator.release(sequence.pages)
-        sequence.pages = []
+        for pages in _held(sequence):
+            self.allocator.release(pages)
+        sequence.pages, sequence.cross_pages = [], []
         if sequence.lease is not None:
             sequence.lease.release()
             sequence.lease = None
+
+
+def _held(sequence: Sequence) -> tuple[list[int], list[int]]:
+    return sequence.pages, sequence.cross_pages
 
 
 def _order(sequence: Sequence) -> tuple[int, float, str]:
