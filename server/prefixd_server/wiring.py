@@ -116,17 +116,24 @@ class Server:
     def _make_engine(self, pool: KVPool) -> Engine:
         config, model = self.config, self.model
         backend = create_backend(_attention_backend(config), pool)
+        max_num_seqs = config.scheduler.max_num_seqs
+        max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         return Engine(
             self.mailbox,
             Admission(
-                self.registry, self.residency, self.allocator, max_model_len=model.max_model_len
+                self.registry,
+                self.residency,
+                self.allocator,
+                max_model_len=model.max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
             ),
             self.residency,
             Scheduler(
                 self.allocator,
                 self.residency,
-                max_num_seqs=config.scheduler.max_num_seqs,
-                max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
             ),
             ModelRunner(model.module, backend, model.device),
             Sampler(model.vocab_size, model.eos_token_ids, model.device),

@@ -108,7 +108,14 @@ class Rig:
         allocator, residency = self.world.allocator, self.world.residency
         self.engine = Engine(
             self.mailbox,
-            Admission(registry, residency, allocator, max_model_len=64),
+            Admission(
+                registry,
+                residency,
+                allocator,
+                max_model_len=64,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+            ),
             residency,
             Scheduler(
                 allocator,
@@ -169,7 +176,9 @@ class Rig:
             if not self.engine.has_work:
                 return
             self.world.executor.run_all()
-        raise AssertionError(f"{self.engine.num_waiting} waiting, {self.engine.num_running} running")
+        raise AssertionError(
+            f"{self.engine.num_waiting} waiting, {self.engine.num_running} running"
+        )
 
     def finish(self, request_id: str) -> Finish:
         (finish,) = [o.finish for o in self.outputs[request_id] if o.finish is not None]

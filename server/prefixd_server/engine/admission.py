@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from prefixd_server.engine.beam_group import most_pages
 from prefixd_server.engine.sequence import Sequence
 from prefixd_server.errors import InvalidRequest, PromptTooLong
 from prefixd_server.kv.allocator import PageAllocator, pages_for
@@ -22,11 +23,15 @@ class Admission:
         allocator: PageAllocator,
         *,
         max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
     ) -> None:
         self.registry = registry
         self.residency = residency
         self.allocator = allocator
         self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
 
     def admit(self, request: EngineRequest) -> Sequence:
         """Resolve and pin. Raises NotFound, PromptTooLong, InvalidRequest, with nothing pinned."""
@@ -54,7 +59,9 @@ class Admission:
     def _check_fits(
         self, request: EngineRequest, prompt: tuple[int, ...], prefix: PrefixVersion | None
     ) -> None:
-        new = request.sampling.max_new_tokens
+        new, beams = request.sampling.max_new_tokens, request.sampling.beams
+        num_beams = beams.num_beams if beams else 1
+        self._check_width(num_beams)
         offset = prefix.query_offset if prefix else 0
         if offset + len(prompt) + new > self.max_model_len:
             raise PromptTooLong(
@@ -64,10 +71,24 @@ class Admission:
             )
         size = self.allocator.page_size
         prefix_pages = pages_for(prefix.num_virtual_tokens, size) if prefix else 0
-        needed = prefix_pages + pages_for(len(prompt) + new, size)
+        # At worst the beams have no more than the prompt in common.
+        needed = prefix_pages + most_pages(len(prompt), len(prompt) + new, num_beams, size)
         if needed > self.allocator.num_pages:
             raise InvalidRequest(
                 f"the request needs {needed} pages of KV memory; the server has"
                 f" {self.allocator.num_pages}",
                 param="parameters.max_new_tokens",
             )
+
+    def _check_width(self, num_beams: int) -> None:
+        """All beams run in one step."""
+        limits = {
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+        }
+        for name, limit in limits.items():
+            if num_beams > limit:
+                raise InvalidRequest(
+                    f"num_beams is {num_beams}; the server's {name} is {limit}",
+                    param="parameters.num_beams",
+                )

@@ -12,9 +12,14 @@ Preemption gives back lease and pages, and the tokens are computed again later.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 from prefixd_server.prefix.entry import Lease
 from prefixd_server.types import EngineRequest, PrefixVersion, SamplingParams
+
+if TYPE_CHECKING:
+    from prefixd_server.engine.beam_group import BeamGroup
 
 __all__ = ["Sequence", "Status"]
 
@@ -44,6 +49,8 @@ class Sequence:
         """own tokens whose KV is in ``pages``; less than ``num_tokens`` between steps"""
         self.pages: list[int] = []
         self.lease: Lease | None = None
+        self.beam_group: BeamGroup | None = None
+        """of a beam search: the hypotheses, which run in this one's place once its prompt has"""
 
     @property
     def request_id(self) -> str:
@@ -60,6 +67,16 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return self.num_tokens - self.num_computed
+
+    @property
+    def branches(self) -> Seq[Sequence]:
+        """What runs in a step, in lockstep: itself, or the hypotheses that it has forked into."""
+        return (self.beam_group and self.beam_group.beams) or (self,)
+
+    @property
+    def num_seats(self) -> int:
+        """How many of the ``max_num_seqs`` it takes, from its prefill on."""
+        return self.beam_group.num_beams if self.beam_group else 1
 
     @property
     def prefix_len(self) -> int:
