@@ -34,6 +34,7 @@ from prefixd._errors import (
 from prefixd._models import (
     CacheInfo,
     Details,
+    EncoderInfo,
     Generation,
     Health,
     ModelInfo,
@@ -67,6 +68,7 @@ __all__ = [
     "DeadlineError",
     "Details",
     "DownloadError",
+    "EncoderInfo",
     "Generation",
     "Health",
     "InvalidArgumentError",

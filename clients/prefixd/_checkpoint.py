@@ -1,70 +1,89 @@
-"""Which files of a checkpoint are sent, and turning pickled weights into safetensors.
+"""Which files of a checkpoint are sent; those that are not safetensors are converted first.
 
-The server takes safetensors only: nothing a client sends is ever unpickled there. Pickles are
-opened here, by their owner, and with torch's restricted unpickler.
+The server takes safetensors only: nothing a client sends is ever unpickled there.
 """
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from prefixd._errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
+from prefixd._pickles import convert_pickle, convert_raw, is_raw, raw_task
 
 __all__ = ["files_to_send", "is_pickle"]
 
-CONFIGS = ("adapter_config.json",)
-PICKLES = frozenset({".bin", ".pt", ".pth"})
-# What trainers leave beside the weights under the same suffixes.
-_TRAINER_STATE = ("optimizer", "scheduler", "scaler", "training_args", "rng_state", "trainer_state")
-
-# torch's name → safetensors's
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+CONFIGS = ("adapter_config.json", "config.json")
+PICKLES = frozenset({".bin", ".pt", ".pth", ".torch"})
+# What trainers leave beside the weights under the same suffixes, and AdapterHub's prediction head.
+_NOT_WEIGHTS = (
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "training_args",
+    "rng_state",
+    "trainer_state",
+    "pytorch_model_head",
+    "model_head",
+)
 
 
 def is_pickle(path: Path) -> bool:
+    """Whether the server would refuse the file, and the client converts it."""
     return path.suffix in PICKLES
 
 
 def files_to_send(path: Path, scratch: Path) -> list[Path]:
-    """The files that make up the checkpoint at ``path``, a folder or one pickled file.
+    """The files that make up the checkpoint at ``path``, a folder or one file of weights.
 
-    ``*.safetensors`` wins over pickled weights, which are converted into the folder ``scratch``.
-    Raises CheckpointError if there are no weights, naming what there is.
+    ``*.safetensors`` wins over other weights, which are converted into the folder ``scratch``. The
+    JSON configs beside one file go with it. Raises CheckpointError if there are no weights, naming
+    what there is, or if there is a choice that is the caller's.
     """
-    if path.is_dir():
-        found = sorted(child for child in path.iterdir() if child.is_file())
-    else:
-        found = [path]
+    found = sorted(child for child in _folder(path).iterdir() if child.is_file())
     configs = [file for file in found if file.name in CONFIGS]
-    weights = [file for file in found if file.suffix == ".safetensors"]
+    chosen = [file for file in found if not _is_other(file)] if path.is_dir() else [path]
+    weights = [file for file in chosen if file.suffix == ".safetensors"]
     if not weights:
-        pickles = [file for file in found if is_pickle(file) and not _is_trainer_state(file)]
-        weights = [_convert(file, scratch) for file in pickles]
+        weights = _converted(path, chosen, found, scratch)
     if not weights:
         raise CheckpointError(_nothing_to_send(path, found))
     return configs + weights
 
 
-def _is_trainer_state(file: Path) -> bool:
-    return file.name.startswith(_TRAINER_STATE)
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.absolute().parent
+
+
+def _is_other(file: Path) -> bool:
+    return file.name.startswith(_NOT_WEIGHTS)
+
+
+def _converted(path: Path, chosen: list[Path], found: list[Path], scratch: Path) -> list[Path]:
+    raw = [file for file in chosen if is_raw(file)]
+    pickles = [file for file in chosen if is_pickle(file) and not is_raw(file)]
+    if raw and (not pickles or path in raw):
+        return [_convert_raw(path, raw, found, scratch)]
+    if len(pickles) > 1:
+        names = ", ".join(file.name for file in pickles[:10])
+        raise CheckpointError(f"{path} holds {len(pickles)} pickles ({names}): push one of them")
+    converted = [(file, scratch / f"{file.stem}.safetensors") for file in pickles]
+    for file, out in converted:
+        convert_pickle(file, out)
+    return [out for _, out in converted]
+
+
+def _convert_raw(path: Path, raw: list[Path], found: list[Path], scratch: Path) -> Path:
+    """One of a task's ranks stands for all of them."""
+    tasks = sorted({raw_task(file) for file in raw})
+    if len(tasks) > 1:
+        raise CheckpointError(
+            f"{path} holds prefixes of {len(tasks)} tasks ({', '.join(tasks[:10])}): push one of "
+            "the files, and the task's others go with it"
+        )
+    ranks = [file for file in found if is_raw(file) and raw_task(file) == tasks[0]]
+    out = scratch / "prefix_prompt.safetensors"
+    convert_raw(ranks, out)
+    return out
 
 
 def _nothing_to_send(path: Path, found: list[Path]) -> str:
@@ -73,61 +92,6 @@ def _nothing_to_send(path: Path, found: list[Path]) -> str:
         names.append(f"… {len(found) - len(names)} more")
     return (
         f"{path} holds no prefix: expected adapter_config.json with adapter_model.safetensors "
-        f"(or .bin), found {', '.join(names) or 'no files'}"
+        f"(or .bin), or another checkpoint that docs/formats.md lists, "
+        f"found {', '.join(names) or 'no files'}"
     )
-
-
-def _convert(pickled: Path, scratch: Path) -> Path:
-    """Rewrite a pickled ``state_dict`` as safetensors under the same stem."""
-    tensors = _load(pickled)
-    converted = scratch / f"{pickled.stem}.safetensors"
-    _write_safetensors(converted, tensors)
-    return converted
-
-
-def _load(pickled: Path) -> dict[str, torch.Tensor]:
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise CheckpointError(
-            f"{pickled.name} is a pickle, which is converted to safetensors before it is sent; "
-            "that needs torch: pip install torch"
-        ) from error
-    try:
-        state = torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a bad file makes it raise
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{pickled.name} cannot be loaded as weights: {reason}") from error
-    return _flat_state(pickled, state)
-
-
-def _flat_state(pickled: Path, state: Any) -> dict[str, torch.Tensor]:
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{pickled.name} holds a {type(state).__name__}, expected a state_dict"
-        )
-    for name, value in state.items():
-        dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
-        if dtype not in _DTYPES:
-            kind = dtype or type(value).__name__
-            raise CheckpointError(f"{pickled.name}: {name!r} is a {kind}, expected a plain tensor")
-    return dict(state)
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """https://github.com/huggingface/safetensors#format: length, JSON header, raw tensors."""
-    import torch
-
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors.values():
-            raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            file.write(raw.numpy().data)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = [
     "CacheInfo",
     "Details",
+    "EncoderInfo",
     "Generation",
     "Health",
     "ModelInfo",
@@ -187,6 +188,12 @@ class UploadResult(_Answer):
     """False where these bytes already were a version of the task."""
 
 
+class EncoderInfo(_Answer):
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
 class ModelInfo(_Answer):
     name: str
     fingerprint: str | None = None
@@ -194,6 +201,8 @@ class ModelInfo(_Answer):
     num_layers: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    encoder: EncoderInfo | None = None
+    """None for a decoder-only model."""
     max_model_len: int | None = None
     dtype: str | None = None
     device: str | None = None

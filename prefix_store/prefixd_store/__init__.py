@@ -29,8 +29,9 @@ from prefixd_store.format import (
     validate_file,
     write_prefix,
 )
-from prefixd_store.geometry import Geometry, check_fits
+from prefixd_store.geometry import Geometry, SiteGeometry, check_fits
 from prefixd_store.importers import ImportResult, check_file_name, import_checkpoint
+from prefixd_store.model_config import geometry_folder
 from prefixd_store.records import (
     DEFAULT_TENANT,
     NAME_PATTERN,
@@ -63,6 +64,7 @@ __all__ = [
     "PutResult",
     "Shape",
     "Site",
+    "SiteGeometry",
     "Store",
     "StoreUnavailable",
     "TaskPage",
@@ -77,6 +79,7 @@ __all__ = [
     "export_peft",
     "fingerprint_folder",
     "fingerprint_tensors",
+    "geometry_folder",
     "import_checkpoint",
     "open_store",
     "parse_prefix",

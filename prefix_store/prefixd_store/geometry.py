@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prefixd_store.errors import InvalidPrefix
 from prefixd_store.manifest import PrefixManifest
+from prefixd_store.records import Site
 
-__all__ = ["Geometry", "check_fits"]
+__all__ = ["Geometry", "SiteGeometry", "check_fits"]
+
+
+class SiteGeometry(NamedTuple):
+    """What a prefix must look like where it goes: [num_layers, num_kv_heads, P, head_dim]."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The KV geometry of a frozen LM (its decoder's), the same in all its layers."""
+    """The KV geometry of a frozen LM: its decoder's, the same in all layers, and its encoder's."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     max_positions: int | None = None
     """position ids that the model can take; None: no limit"""
-    has_encoder: bool = False
+    encoder: SiteGeometry | None = None
+    """None: a decoder-only model"""
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.encoder is not None
+
+    @property
+    def decoder(self) -> SiteGeometry:
+        return SiteGeometry(self.num_layers, self.num_kv_heads, self.head_dim)
+
+    @property
+    def sites(self) -> dict[Site, SiteGeometry]:
+        """Every site the model has. Cross-attention is the decoder's, and has its shape."""
+        if self.encoder is None:
+            return {"decoder": self.decoder}
+        return {"decoder": self.decoder, "encoder": self.encoder, "cross": self.decoder}
 
 
 def check_fits(manifest: PrefixManifest, geometry: Geometry, fingerprint: str | None) -> bool:
@@ -29,8 +55,8 @@ def check_fits(manifest: PrefixManifest, geometry: Geometry, fingerprint: str | 
     when it cannot be compared. A different one is refused.
     """
     _check_sites(manifest, geometry)
-    wanted = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
     for site, (layers, heads, tokens, dim) in manifest.sites.items():
+        wanted = geometry.sites[site]
         if (layers, heads, dim) != wanted:
             raise InvalidPrefix(
                 f"the {site} tensors are [L={layers}, H_kv={heads}, P={tokens}, D={dim}] but the "
@@ -50,7 +76,7 @@ def check_fits(manifest: PrefixManifest, geometry: Geometry, fingerprint: str | 
 
 
 def _check_sites(manifest: PrefixManifest, geometry: Geometry) -> None:
-    if not geometry.has_encoder and manifest.sites.keys() != {"decoder"}:
+    if not manifest.sites.keys() <= geometry.sites.keys():
         found = ", ".join(sorted(manifest.sites))
         raise InvalidPrefix(
             f"the prefix has tensors for {found}; a decoder-only model takes decoder alone"

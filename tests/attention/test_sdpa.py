@@ -15,6 +15,10 @@ from torch import Tensor
 from prefixd_server.attention import LayerOptions, SequenceSpan, create_backend
 from prefixd_server.kv.allocator import pages_for
 from prefixd_server.kv.pool import KVPool
+from tests.support.threads import one_thread
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_LAYERS = 2
 LAYER = 1

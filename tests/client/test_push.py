@@ -158,7 +158,8 @@ class Malicious:
     [
         ({"x": Malicious()}, "cannot be loaded as weights"),
         ([torch.zeros(1)], "holds a list, expected a state_dict"),
-        ({"x": {"y": torch.zeros(1)}}, "'x' is a dict, expected a plain tensor"),
+        ({"x": {"y": "text"}}, "'x.y' is a str, expected a plain tensor"),
+        ({"x": [[[[[[[[torch.zeros(1)]]]]]]]]}, "nested over 8 deep"),
         ({"x": torch.zeros(1, dtype=torch.complex64)}, "'x' is a complex64"),
     ],
 )

@@ -1,7 +1,7 @@
-"""A whole engine but for the model: real mailbox, admission, registry, residency, scheduler, sampler.
+"""A whole engine but for the model: mailbox, admission, registry, residency, scheduler and sampler.
 
-The model's place is taken by a rule that makes the next token from the prefix and the tokens so far,
-so that what a request must answer is known whatever happened around it.
+The model's place is taken by a rule that makes the next token from the prefix and the tokens so
+far, so that what a request must answer is known whatever happened around it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prefixd_server.engine.sampling import Sampler
 from prefixd_server.engine.scheduler import Scheduled, Scheduler
 from prefixd_server.engine.sequence import Sequence
 from prefixd_server.prefix import Registry
-from prefixd_server.types import EngineRequest, Finish, Output, SamplingParams
+from prefixd_server.types import EngineRequest, Finish, Output, PrefixState, SamplingParams
 from tests.prefix.support import TENANT, World
 
 VOCAB = 16
@@ -84,7 +84,7 @@ class RuleRunner:
 
 
 class Rig:
-    """Tasks t0, t1, … with a prefix of each of ``sizes``; time stands still unless a test moves it."""
+    """Tasks t0, t1, … with prefixes of ``sizes`` tokens. Time stands still but for the test."""
 
     def __init__(
         self,
@@ -169,16 +169,19 @@ class Rig:
         self._check_outputs()
         return ran
 
-    def finish_all(self, max_steps: int = 500) -> None:
+    def finish_all(self, max_steps: int = 5000) -> None:
         """Load what is asked for and step until all requests have ended."""
         for _ in range(max_steps):
             self.step()
             if not self.engine.has_work:
                 return
             self.world.executor.run_all()
-        raise AssertionError(
-            f"{self.engine.num_waiting} waiting, {self.engine.num_running} running"
-        )
+        raise AssertionError(f"{sorted(self._unfinished())} do not end")
+
+    def _unfinished(self) -> set[str]:
+        return {
+            id_ for id_, outputs in self.outputs.items() if not outputs or not outputs[-1].finish
+        }
 
     def finish(self, request_id: str) -> Finish:
         (finish,) = [o.finish for o in self.outputs[request_id] if o.finish is not None]
@@ -199,12 +202,17 @@ class Rig:
         return expected_tokens(prefix, request.prompt_token_ids, request.sampling.max_new_tokens)
 
     def assert_empty(self) -> None:
-        """No request holds anything; only prefixes own pages."""
+        """No request holds a page, a lease or a pin: what nobody names any more goes at once."""
         assert not self.engine.has_work
         self.engine.check()
-        owned = sum(len(pages) for pages in self.world.residency.owned_pages())
-        assert self.world.allocator.num_used == owned
-        assert set(self.outputs) == set(self.requests)
+        self.world.settle_jobs()
+        for version in self.world.versions:
+            self.world.residency.retire(version.key)
+        self.world.residency.poll()
+        assert [self.world.state(version) for version in self.world.versions] == [
+            PrefixState.STORED for _ in self.world.versions
+        ]
+        assert self.world.allocator.num_used == 0
 
     def _deliver(self, outputs: Seq[Output]) -> None:
         for output in outputs:

@@ -11,11 +11,11 @@ import torch
 
 from prefixd_server.engine.engine import StepFailed
 from prefixd_server.errors import (
+    CorruptBlob,
     DeadlineExceeded,
     EngineDead,
     NotFound,
     PrefixdError,
-    StoreUnavailable,
     Unavailable,
 )
 from prefixd_server.types import FinishReason, PrefixState
@@ -54,7 +54,7 @@ def disturb(rig: Rig, rng: Random) -> None:
         case 2:
             sha256 = rng.choice(world.versions).sha256
             if world.store.errors.pop(sha256, None) is None:
-                world.store.errors[sha256] = StoreUnavailable("broken by the test")
+                world.store.errors[sha256] = CorruptBlob("broken by the test")
         case _:
             if world.executor.jobs:
                 world.executor.run(rng.randrange(len(world.executor.jobs)))
@@ -127,14 +127,14 @@ def test_started_tells_what_was_run(rig: Rig) -> None:
 
 
 def test_length_eos_and_stop_tokens(rig: Rig) -> None:
-    full = rig.submit(PROMPT, max_new_tokens=40, ignore_eos=True)
+    full = rig.submit(PROMPT, max_new_tokens=60, ignore_eos=True)
     rig.finish_all()
     tokens = rig.tokens(full)
     assert rig.finish(full).reason is FinishReason.LENGTH
-    assert len(tokens) == 40
+    assert len(tokens) == 60
     assert EOS in tokens
-    eos = rig.submit(PROMPT, max_new_tokens=40)
-    stop = rig.submit(PROMPT, max_new_tokens=40, stop_token_ids=frozenset({tokens[1]}))
+    eos = rig.submit(PROMPT, max_new_tokens=60)
+    stop = rig.submit(PROMPT, max_new_tokens=60, stop_token_ids=frozenset({tokens[1]}))
     one = rig.submit(PROMPT, max_new_tokens=1)
     rig.finish_all()
     assert rig.finish(eos).reason is FinishReason.EOS
@@ -246,10 +246,10 @@ def test_logits_that_are_not_finite_fail_only_their_request(rig: Rig) -> None:
 
 
 def test_a_load_that_fails_fails_only_the_requests_of_its_prefix(rig: Rig) -> None:
-    rig.world.store.errors[rig.world.versions[0].sha256] = StoreUnavailable("down")
+    rig.world.store.errors[rig.world.versions[0].sha256] = CorruptBlob("damaged")
     broken, beside = rig.submit(PROMPT, "t0"), rig.submit(PROMPT, "t1")
     rig.finish_all()
-    assert isinstance(rig.error(broken), StoreUnavailable)
+    assert isinstance(rig.error(broken), CorruptBlob)
     assert rig.tokens(beside) == rig.expected(beside)
 
 

@@ -12,6 +12,7 @@ from prefixd_store import (
     InvalidPrefix,
     Limits,
     PrefixManifest,
+    SiteGeometry,
     TooLarge,
     check_file_name,
     check_fits,
@@ -155,8 +156,11 @@ def test_the_fake_of_these_tests_is_accepted(folder: Path) -> None:
         ({"peft_type": "P_TUNING"}, "P_TUNING cannot be served .* input embeddings"),
         ({"peft_type": ["PREFIX_TUNING"]}, "cannot be served"),
         ({"peft_type": None}, "None cannot be served"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "encoder-decoder prefixes are not served yet"),
-        ({"num_transformer_submodules": 2}, "encoder-decoder prefixes are not served yet"),
+        (
+            {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2},
+            "an encoder-decoder model .* but this is a decoder-only model",
+        ),
+        ({"num_transformer_submodules": 2}, "an encoder-decoder model .*submodules 2"),
         ({"num_transformer_submodules": 3}, "num_transformer_submodules is 3"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS does not generate text"),
         ({"num_virtual_tokens": 8}, r"num_virtual_tokens 8 but prompt_embeddings is \[7, 192\]"),
@@ -298,7 +302,7 @@ def test_sites() -> None:
     def manifest(*sites: Any) -> PrefixManifest:
         return PrefixManifest(dict.fromkeys(sites, (2, 3, 5, 4)), "float32", 5, 0)
 
-    two_sided = Geometry(2, 3, 4, has_encoder=True)
+    two_sided = Geometry(2, 3, 4, encoder=SiteGeometry(2, 3, 4))
     assert check_fits(manifest("decoder", "encoder", "cross"), two_sided, None) is False
     for sites in (("decoder", "cross"), ("encoder",)):
         with pytest.raises(InvalidPrefix, match="decoder-only model takes decoder alone"):

@@ -39,7 +39,7 @@ class Format(StrEnum):
 
 def push(
     task: TaskName,
-    path: Annotated[Path, typer.Argument(help="A prefixd .safetensors file, or a PEFT folder.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint: a folder, or one file of weights.")],
     activate: Activate = True,
     if_match: IfMatch = None,
     create_only: Annotated[bool, typer.Option(help="Fail if the task exists.")] = False,

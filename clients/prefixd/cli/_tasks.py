@@ -185,7 +185,7 @@ def _print_pairs(*pairs: tuple[str, str]) -> None:
 
 def _print_versions(found: Iterable[Version]) -> None:
     table = Table(
-        "version", "weight", "tokens", "bytes", "residency", "format", "created", "sha256"
+        "version", "weight", "tokens", "bytes", "residency", "format", "base", "created", "sha256"
     )
     for version in found:
         table.add_row(
@@ -195,6 +195,7 @@ def _print_versions(found: Iterable[Version]) -> None:
             f"{version.bytes:,}",
             version.residency,
             version.format,
+            "verified" if version.verified else "unverified",
             f"{version.created_at:%Y-%m-%d %H:%M}",
             version.sha256[:12],
         )

@@ -15,7 +15,15 @@ from typing import Protocol
 from prefixd_store.errors import InvalidPrefix
 from prefixd_store.format import Limits, PrefixManifest, read_manifest
 from prefixd_store.geometry import Geometry, check_fits
-from prefixd_store.importers import native, peft
+from prefixd_store.importers import (
+    adapterhub,
+    cartridges,
+    fastertransformer,
+    native,
+    paper_bart,
+    paper_gpt2,
+    peft,
+)
 from prefixd_store.importers.files import CheckpointFiles, check_file_name
 
 __all__ = ["CheckpointFiles", "ImportResult", "Importer", "check_file_name", "import_checkpoint"]
@@ -35,7 +43,15 @@ class Importer(Protocol):
         """Write ``out`` in our format, all values checked; its SHA-256. Raises InvalidPrefix."""
 
 
-IMPORTERS: tuple[Importer, ...] = (native, peft)
+IMPORTERS: tuple[Importer, ...] = (
+    native,
+    peft,
+    cartridges,
+    paper_gpt2,
+    paper_bart,
+    adapterhub,
+    fastertransformer,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,8 @@ class ImportResult:
     bytes: int
     verified: bool
     """the prefix names the model's fingerprint; False: it names none"""
+    recognised: str
+    """the format that the files were found to be in, in words"""
 
 
 def import_checkpoint(
@@ -71,7 +89,7 @@ def import_checkpoint(
     except BaseException:
         out.unlink(missing_ok=True)
         raise
-    return ImportResult(manifest, sha256, out.stat().st_size, verified)
+    return ImportResult(manifest, sha256, out.stat().st_size, verified, importer.NAME)
 
 
 def _importer(files: CheckpointFiles) -> Importer:

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefixd_store import strict_json
 from prefixd_store.errors import InvalidPrefix, TooLarge
+from prefixd_store.importers.tensors import SourceTensor
 from prefixd_store.manifest import Limits
 from prefixd_store.tensorfile import TensorFile, read_header
 
@@ -73,6 +74,22 @@ class CheckpointFiles:
         if len(raw) > MAX_JSON_BYTES:
             raise InvalidPrefix(f"{name} is over {MAX_JSON_BYTES} bytes", param=name)
         return strict_json.loads(raw, what=name)
+
+    def tensor_names(self) -> set[str]:
+        return {name for file in self.safetensors for name in self.header(file).tensors}
+
+    def tensors(self) -> dict[str, SourceTensor]:
+        """Every tensor of every safetensors file; InvalidPrefix if two files hold the same one."""
+        found: dict[str, SourceTensor] = {}
+        for file, path in self.safetensors.items():
+            for name, spec in self.header(file).tensors.items():
+                if name in found:
+                    raise InvalidPrefix(
+                        f"tensor {name[:200]!r} is in two of the files {self.listing()}; "
+                        "upload one checkpoint at a time"
+                    )
+                found[name] = SourceTensor(name, path, spec)
+        return found
 
     def listing(self) -> str:
         return ", ".join(repr(name[:80]) for name in sorted(self._paths)[:10]) or "no files"

@@ -3,6 +3,10 @@
 ``prompt_embeddings`` [P, L*2*H_kv*D] viewed as [P, 2L, H_kv, D] holds the keys of layer i in row 2i
 and its values in row 2i+1 (``PeftModel.get_prompt``). The first prompt token is at position P. With
 ``prefix_projection`` the saved tensor is already projected, so there is no MLP to look for.
+
+On an encoder-decoder the prefix goes to the decoder's self-attention alone, and PEFT joins the rows
+to themselves and splits the result by four: layer i of the decoder gets the saved pair 2i mod L;
+the odd pairs are never used when L is even. The stored prefix is what the layers got.
 """
 
 from __future__ import annotations
@@ -11,14 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from prefixd_store.arrays import STORAGE, PrefixArray
 from prefixd_store.errors import InvalidPrefix
 from prefixd_store.format import Limits, write_prefix
 from prefixd_store.geometry import Geometry
 from prefixd_store.importers.files import CheckpointFiles
-from prefixd_store.tensorfile import TAGS, TensorSpec
+from prefixd_store.importers.tensors import SourceTensor, split_pairs
 
 NAME = "a PEFT PREFIX_TUNING or CARTRIDGE adapter (adapter_config.json, adapter_model.safetensors)"
 
@@ -52,26 +53,27 @@ def recognise(files: CheckpointFiles) -> bool:
 def convert(files: CheckpointFiles, out: Path, geometry: Geometry, limits: Limits) -> str:
     config = files.json(CONFIG) or {}
     source_format = _source_format(config)
-    _check_decoder_only(config)
-    name, spec = _find_tensor(files)
-    tokens = _check_shape(spec, config, geometry)
-    rows = _map(files.safetensors[name], spec).reshape(
-        tokens, 2 * geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-    )
-    dtype = TAGS[spec.tag]
+    _check_family(config, geometry)
+    tensor = _find_tensor(files)
+    layers = _source_layers(tensor, config, geometry)
+    tokens = _check_shape(tensor, config, layers, geometry)
+    layer_map = pair_map(layers, geometry.num_layers) if geometry.has_encoder else None
     return write_prefix(
         out,
-        {
-            # [P, L, H_kv, D] to [L, H_kv, P, D]: views of the file, copied as they are written
-            "decoder.key": PrefixArray(rows[:, 0::2].transpose(1, 2, 0, 3), dtype),
-            "decoder.value": PrefixArray(rows[:, 1::2].transpose(1, 2, 0, 3), dtype),
-        },
+        # views of the file, copied as they are written
+        split_pairs(tensor.map(), "decoder", geometry.num_kv_heads, geometry.head_dim, layer_map),
         query_offset=tokens,
         base_model=_string(config, "base_model_name_or_path"),
         source_format=source_format,
-        provenance=_provenance(config),
+        provenance=_provenance(config)
+        | ({"layer_map": layer_map, "num_layers": layers} if layer_map else {}),
         limits=limits,
     )
+
+
+def pair_map(num_saved: int, num_layers: int) -> list[int]:
+    """The saved pair that each layer of an encoder-decoder's decoder gets in PEFT."""
+    return [2 * i % num_saved for i in range(num_layers)]
 
 
 def _source_format(config: Mapping[str, Any]) -> str:
@@ -89,35 +91,59 @@ def _source_format(config: Mapping[str, Any]) -> str:
     )
 
 
-def _check_decoder_only(config: Mapping[str, Any]) -> None:
+def _check_family(config: Mapping[str, Any], geometry: Geometry) -> None:
     task, submodules = config.get("task_type"), config.get("num_transformer_submodules")
-    if task == "SEQ_2_SEQ_LM" or submodules == 2:
-        raise InvalidPrefix("encoder-decoder prefixes are not served yet", param="task_type")
-    if task not in (None, "CAUSAL_LM"):
+    if task not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise InvalidPrefix(
-            f"task_type {str(task)[:80]} does not generate text; expected CAUSAL_LM",
+            f"task_type {str(task)[:80]} does not generate text; expected CAUSAL_LM or "
+            "SEQ_2_SEQ_LM",
             param="task_type",
         )
-    if submodules not in (None, 1):
+    if submodules not in (None, 1, 2):
         raise InvalidPrefix(
-            f"num_transformer_submodules is {str(submodules)[:80]}, expected 1",
+            f"num_transformer_submodules is {str(submodules)[:80]}, expected 1 or 2",
             param="num_transformer_submodules",
+        )
+    # Without either field PEFT takes the adapter for a decoder-only model's.
+    two_sided = submodules == 2 if submodules is not None else task == "SEQ_2_SEQ_LM"
+    if two_sided != geometry.has_encoder:
+        kinds = {True: "an encoder-decoder", False: "a decoder-only"}
+        raise InvalidPrefix(
+            f"the adapter was trained on {kinds[two_sided]} model (task_type {task}, "
+            f"num_transformer_submodules {submodules}), but this is "
+            f"{kinds[geometry.has_encoder]} model",
+            param="task_type",
         )
 
 
-def _find_tensor(files: CheckpointFiles) -> tuple[str, TensorSpec]:
+def _source_layers(tensor: SourceTensor, config: Mapping[str, Any], geometry: Geometry) -> int:
+    """The layers that the tensor has pairs for: the model's, or on an encoder-decoder the encoder's
+    (which PEFT counts), at least as many as the decoder has."""
+    said = config.get("num_layers")
+    if not geometry.has_encoder or type(said) is not int or said == geometry.num_layers:
+        return geometry.num_layers
+    if said < geometry.num_layers:
+        raise InvalidPrefix(
+            f"{TENSOR} is {list(tensor.shape)} for num_layers {said}, but the decoder has "
+            f"{geometry.num_layers} layers and the last ones would get no prefix",
+            param="num_layers",
+        )
+    return said
+
+
+def _find_tensor(files: CheckpointFiles) -> SourceTensor:
     tensors = [
-        (file, tensor, spec)
-        for file in files.safetensors
+        SourceTensor(tensor, path, spec)
+        for file, path in files.safetensors.items()
         for tensor, spec in files.header(file).tensors.items()
     ]
-    found = [(file, spec) for file, tensor, spec in tensors if tensor == TENSOR]
+    found = [tensor for tensor in tensors if tensor.name == TENSOR]
     if len(found) != 1:
         raise InvalidPrefix(
             f"{len(found)} tensors named {TENSOR} among {files.listing()}, expected one",
             param=TENSOR,
         )
-    extra = sorted(tensor for _, tensor, _ in tensors if tensor != TENSOR)
+    extra = sorted(tensor.name for tensor in tensors if tensor.name != TENSOR)
     if extra:
         raise InvalidPrefix(
             f"the adapter also changes {extra[0][:200]!r} (of {len(extra)} more tensors); "
@@ -126,17 +152,16 @@ def _find_tensor(files: CheckpointFiles) -> tuple[str, TensorSpec]:
     return found[0]
 
 
-def _check_shape(spec: TensorSpec, config: Mapping[str, Any], geometry: Geometry) -> int:
+def _check_shape(
+    tensor: SourceTensor, config: Mapping[str, Any], layers: int, geometry: Geometry
+) -> int:
     """P, once tensor, config and model agree on every size."""
-    if spec.tag not in TAGS:
+    tensor.dtype  # noqa: B018 - raises for one that a prefix may not have
+    if len(tensor.shape) != 2 or 0 in tensor.shape:
         raise InvalidPrefix(
-            f"{TENSOR} is {spec.tag[:40]}; accepted are {', '.join(TAGS)}", param=TENSOR
+            f"{TENSOR} has shape {list(tensor.shape)}, expected [P, L*2*H_kv*D]", param=TENSOR
         )
-    if len(spec.shape) != 2 or 0 in spec.shape:
-        raise InvalidPrefix(
-            f"{TENSOR} has shape {list(spec.shape)}, expected [P, L*2*H_kv*D]", param=TENSOR
-        )
-    tokens, width = spec.shape
+    tokens, width = tensor.shape
     said = config.get("num_virtual_tokens")
     if type(said) is not int or said != tokens:
         raise InvalidPrefix(
@@ -144,12 +169,12 @@ def _check_shape(spec: TensorSpec, config: Mapping[str, Any], geometry: Geometry
             f"but {TENSOR} is [{tokens}, {width}]",
             param="num_virtual_tokens",
         )
-    _check_model(width, config, geometry)
+    _check_model(width, config, layers, geometry)
     return tokens
 
 
-def _check_model(width: int, config: Mapping[str, Any], geometry: Geometry) -> None:
-    layers, heads, dim = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
+def _check_model(width: int, config: Mapping[str, Any], layers: int, geometry: Geometry) -> None:
+    heads, dim = geometry.num_kv_heads, geometry.head_dim
     expected = layers * 2 * heads * dim
     # A width may agree by chance, two layers of four heads for four of two: the config tells.
     said = {
@@ -170,10 +195,6 @@ def _check_model(width: int, config: Mapping[str, Any], geometry: Geometry) -> N
         + (_OLD_PEFT if set(wrong) == {"token_dim"} and "peft_version" not in config else ""),
         param=TENSOR,
     )
-
-
-def _map(path: Path, spec: TensorSpec) -> np.memmap[Any, Any]:
-    return np.memmap(path, STORAGE[TAGS[spec.tag]], "r", spec.begin, spec.shape)
 
 
 def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Support(NamedTuple):
     ids: Tensor | None
     """[R, W] token ids; None: W is the vocabulary"""
     z: Tensor
-    """[R, W] float32: score over temperature, 0 at the maximum, −inf where filtered out"""
+    """[R, W] float32: score over temperature, the row's maximum at 0; −inf where filtered out"""
 
 
 def weight_scale(vocab_size: int) -> float:
@@ -177,11 +177,7 @@ def _finish(support: Support, params: Sequence[SamplingParams]) -> Support:
         return _untypical(z, z.new_tensor([[mine[i].typical_p] for i in rows], dtype=torch.float64))
 
     _remove_(z, [i for i, p in enumerate(mine) if p.min_p > 0.0], below_min_p)
-    typical = [i for i, p in enumerate(mine) if p.typical_p < 1.0]
-    _remove_(z, typical, untypical)
-    if typical:
-        # The mode itself may be untypical: bring the maximum back to 0.
-        z.sub_(z.amax(-1, keepdim=True))
+    _remove_(z, [i for i, p in enumerate(mine) if p.typical_p < 1.0], untypical)
     return support
 
 

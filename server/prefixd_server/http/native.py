@@ -33,6 +33,12 @@ _STREAM = {
     "content": {
         "text/event-stream": {
             "schema": {"type": "string"},
+            # OpenAPI 3.2's word for one event, which FastAPI uses in 3.1 too.
+            "itemSchema": {
+                "type": "object",
+                "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+                "required": ["data"],
+            },
             "example": 'data: {"index": 1, "token": {"id": 42, "text": " Blue", "logprob": -0.03,'
             ' "special": false}, "top_tokens": null, "generated_text": null, "details": null}\n\n',
         }

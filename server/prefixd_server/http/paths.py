@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Header, Path, Query
 
-from prefixd_server.http.schemas import TASK_REFERENCE_PATTERN, QueryBool, QueryInt
+from prefixd_server.http.schemas import TASK_REFERENCE_PATTERN, QueryBool, VersionNumber
 from prefixd_store.records import NAME_PATTERN
 
 __all__ = [
@@ -34,7 +34,7 @@ TaskReference = Annotated[
         examples=["e2e", "e2e@3"],
     ),
 ]
-Version = Annotated[QueryInt, Path(ge=1, le=10**9 - 1, description="version", examples=[3])]
+Version = Annotated[VersionNumber, Path(description="version", examples=[3])]
 Activate = Annotated[
     QueryBool, Query(description="send the task's traffic to the new version at once")
 ]
@@ -44,5 +44,9 @@ IfMatch = Annotated[
 ]
 IfNoneMatch = Annotated[
     str | None,
-    Header(alias="If-None-Match", description="`*`: only create, 409 if the task exists"),
+    Header(
+        alias="If-None-Match",
+        pattern=r"^\*$",
+        description="`*`: only create, 409 if the task exists",
+    ),
 ]

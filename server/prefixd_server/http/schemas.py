@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from annotated_types import Ge, Le
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic.config import JsonDict
 
 from prefixd_store.records import NAME_PATTERN
 
@@ -14,15 +16,17 @@ __all__ = [
     "CompileRequest",
     "Defaults",
     "GenerateRequest",
+    "PageSize",
     "Parameters",
     "PatchRequest",
     "QueryBool",
-    "QueryInt",
+    "VersionNumber",
 ]
 
 TASK_REFERENCE_PATTERN = NAME_PATTERN.removesuffix("$") + r"(@[1-9][0-9]{0,8})?$"
 MAX_SEED = 2**63 - 1
 _MAX_INT = 2**31 - 1
+_NULL: JsonDict = {"type": "null"}
 
 NotImplementedYet = Annotated[None, Field(description="not implemented: refused unless null")]
 
@@ -94,7 +98,7 @@ class GenerateRequest(_Body):
         }
     )
 
-    inputs: str = Field(description="the prompt")
+    inputs: str = Field(min_length=1, description="the prompt")
     parameters: Parameters | None = None
     stream: bool | None = Field(
         None, description="answer with server-sent events, one a token; null: false"
@@ -105,7 +109,13 @@ class ActivateRequest(_Body):
     """Exactly one of ``version`` and ``split``."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"version": 3}, {"split": {"3": 0.9, "4": 0.1}}]}
+        json_schema_extra={
+            "oneOf": [
+                {"required": [one], "properties": {one: {"not": _NULL}, other: _NULL}}
+                for one, other in (("version", "split"), ("split", "version"))
+            ],
+            "examples": [{"version": 3}, {"split": {"3": 0.9, "4": 0.1}}],
+        }
     )
 
     version: int | None = Field(None, ge=1, le=10**9 - 1)
@@ -184,5 +194,7 @@ def _exact_int(text: object) -> object:
 
 
 # Pydantic also takes "yes", "on", "1.0" and " 1" from a URL: here there is one spelling of a value.
-QueryBool = Annotated[bool, Field(strict=True), BeforeValidator(_exact_bool)]
-QueryInt = Annotated[int, Field(strict=True), BeforeValidator(_exact_int)]
+# Bounds stand before the validator: after it, they would be missing from the OpenAPI document.
+QueryBool = Annotated[bool, Strict(), BeforeValidator(_exact_bool)]
+PageSize = Annotated[int, Strict(), Ge(1), Le(1000), BeforeValidator(_exact_int)]
+VersionNumber = Annotated[int, Strict(), Ge(1), Le(10**9 - 1), BeforeValidator(_exact_int)]

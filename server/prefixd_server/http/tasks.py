@@ -11,7 +11,7 @@ from prefixd_server.http.auth import Tenant
 from prefixd_server.http.parameters import check_parameters
 from prefixd_server.http.paths import IfMatch, TaskName, Version
 from prefixd_server.http.route import router
-from prefixd_server.http.schemas import ActivateRequest, PatchRequest, QueryInt
+from prefixd_server.http.schemas import ActivateRequest, PageSize, PatchRequest
 from prefixd_server.http.services import Services, ServicesDep
 from prefixd_server.types import PrefixKey
 from prefixd_store.records import TaskRecord, VersionRecord
@@ -33,7 +33,7 @@ async def list_tasks(
     prefix: Annotated[
         str, Query(pattern=r"^[a-z0-9._-]{0,128}$", description="names that begin so")
     ] = "",
-    limit: Annotated[QueryInt, Query(ge=1, le=1000)] = 100,
+    limit: PageSize = 100,
     cursor: Annotated[
         str | None,
         Query(pattern=r"^[a-z0-9._-]{1,128}$", description="`next_cursor` of the page before"),

@@ -187,8 +187,6 @@ def _condition(if_match: str | None, if_none_match: str | None) -> str | None:
     """One value for the registry: an ETag, ``*`` (must exist) or ``!*`` (must not)."""
     if if_none_match is None:
         return if_match
-    if if_none_match.strip() != "*":
-        raise InvalidRequest("If-None-Match can only be *", param="If-None-Match")
     if if_match is not None:
         raise InvalidRequest("give one of If-Match and If-None-Match", param="If-None-Match")
     return "!*"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -25,6 +28,7 @@ __all__ = ["LoadedModel", "load_model"]
 
 log = logging.getLogger(__name__)
 
+_LONGEST_REASON = 300
 _DEFAULT_MAX_LEN = 4096
 """where neither the config nor the tokenizer names a longest context"""
 
@@ -57,15 +61,12 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model_config = _read_config(source)
-    module = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=TORCH_DTYPES.get(dtype, "auto"),
-        attn_implementation=interface.IMPLEMENTATION,
-    )
+    module = _load_module(source, model_config.model_type, TORCH_DTYPES.get(dtype, "auto"))
     module = module.to(device).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with _reading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     text_config = model_config.get_text_config()
-    max_model_len = config.max_model_len or _max_positions(text_config, tokenizer)
+    max_model_len = _max_model_len(config.max_model_len, _max_positions(text_config, tokenizer))
     loaded_dtype = next(module.parameters()).dtype
     geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     return LoadedModel(
@@ -95,7 +96,11 @@ def _source(config: ModelConfig) -> str:
     if config.model == "demo":
         return str(demo_model_folder(Path(config.cache_dir).expanduser()))
     path = Path(config.model).expanduser()
-    return str(path) if path.exists() else config.model
+    if path.exists():
+        return str(path)
+    if config.model.startswith(("/", ".", "~")):
+        raise UnsupportedModel(f"--model {config.model}: there is no such folder")
+    return config.model
 
 
 def _name(model: str) -> str:
@@ -104,16 +109,46 @@ def _name(model: str) -> str:
     return Path(model).name if Path(model).expanduser().exists() else model
 
 
-def _read_config(source: str) -> Any:
+@contextmanager
+def _reading(source: str, what: str) -> Iterator[None]:
+    """transformers says in many ways that it cannot load something; here they become one."""
     try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise UnsupportedModel(f"{source} cannot be read as a {what}: {reason}") from error
+
+
+def _read_config(source: str) -> Any:
+    with _reading(source, "model"):
         model_config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{source} cannot be read as a model: {error}") from error
     if getattr(model_config, "is_encoder_decoder", False):
         raise UnsupportedModel(
             f"{source} is a {model_config.model_type} encoder-decoder; these are not served yet"
         )
     return model_config
+
+
+def _load_module(source: str, family: str, dtype: Any) -> Any:
+    try:
+        with _reading(source, "model"):
+            return AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation=interface.IMPLEMENTATION
+            )
+    except KeyError as error:
+        if error.args != (interface.IMPLEMENTATION,):
+            raise
+        # The family looks the name up among attention classes of its own.
+        raise UnsupportedModel(
+            f"{source} is a {family} model; their attention does not go through transformers'"
+            " AttentionInterface"
+        ) from error
+
+
+def _max_model_len(wanted: int | None, own: int) -> int:
+    if wanted is not None and wanted > own:
+        raise UnsupportedModel(f"--max-model-len {wanted}: the model's own context is {own}")
+    return wanted or own
 
 
 def _max_positions(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -68,6 +68,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, options: LayerOptions) ->
 def observe_geometry(module: Any, *, num_layers: int) -> Geometry:
     """Raises UnsupportedModel if this model's own code cannot run a packed step correctly."""
     name = type(module).__name__
+    _check_masks(module, name)
     device = next(module.parameters()).device
     tokens = torch.arange(1, sum(_LENGTHS) + 1, device=device)[None]
     positions = torch.cat([torch.arange(n, device=device) for n in _LENGTHS])[None]
@@ -76,8 +77,9 @@ def observe_geometry(module: Any, *, num_layers: int) -> Geometry:
         packed = module(
             input_ids=tokens, position_ids=positions, use_cache=False, attention_plan=plan
         ).logits[0]
-    except TypeError as error:
-        raise UnsupportedModel(f"{name} cannot be served: {error}") from error
+    except Exception as error:
+        # A family with attention code of its own may fail in any way at all.
+        raise UnsupportedModel(f"{name} cannot be served: {_reason(error)}") from error
     if sorted(plan.shapes) != list(range(num_layers)):
         raise UnsupportedModel(
             f"{name} cannot be served: {len(plan.shapes)} of its {num_layers} layers call attention"
@@ -92,6 +94,22 @@ def observe_geometry(module: Any, *, num_layers: int) -> Geometry:
     _compare_with_reference(module, name, tokens, packed)
     num_kv_heads, head_dim, _ = shapes.pop()
     return Geometry(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    return f"running a packed step failed with {type(error).__name__}: {error}"
+
+
+def _check_masks(module: Any, name: str) -> None:
+    """What a short probe cannot see: a mask that differs only beyond some thousand tokens."""
+    kinds = getattr(module.config.get_text_config(), "layer_types", None) or ()
+    if "chunked_attention" in kinds:
+        raise UnsupportedModel(
+            f"{name} cannot be served: it has layers of chunked attention, a mask that"
+            " AttentionInterface is not told of"
+        )
 
 
 def _compare_with_reference(module: Any, name: str, tokens: Tensor, packed: Tensor) -> None:
