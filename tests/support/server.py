@@ -136,9 +136,7 @@ class LiveServer:
     @property
     def idle(self) -> bool:
         engine, services = self.server.engine, self.services
-        return not (
-            engine.has_work or services.num_open or services.frontend.num_inflight
-        )
+        return not (engine.has_work or services.num_open or services.frontend.num_inflight)
 
     def check(self) -> None:
         """Assert every invariant of the engine, whatever it is doing."""
