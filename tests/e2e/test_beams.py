@@ -205,24 +205,32 @@ def test_searches_mixed_with_greedy_and_sampled_requests(
             assert run.results[f"drawn{i}"].ids == again, "the same seed, in another batch"
 
 
-def test_preempted_searches_find_the_same(world: World, tmp_path: Path) -> None:
-    """A pool with little more room than the largest search, and requests that grow before it."""
-    options = {"num_pages": 180, "page_size": 2, "max_num_seqs": 40, "max_num_batched_tokens": 60}
+@pytest.mark.parametrize("page_size", [2, 16])
+def test_preempted_searches_find_the_same(
+    world: World, tmp_path: Path, page_size: int
+) -> None:
+    """Every few steps all free memory is gone for a moment: whoever needs some is thrown out."""
+    num_pages = 1000 // page_size
     thrown_out = set()
-    with start(world, tmp_path, **options) as run:
-        for i, search in enumerate(world.searches):
-            prompt = world.plain[i % len(world.plain)].prompt
-            run.submit([request(f"g{i}", None, prompt, max_new_tokens=70, ignore_eos=True)])
+    with start(world, tmp_path, page_size=page_size, num_pages=num_pages) as run:
+        for search in world.searches:
             submit(run, search)
+        run.step()
+        steps = 0
         while run.engine.has_work:
-            if not run.step():
+            steps += 1
+            taken = run.allocator.allocate(run.allocator.num_free if steps % 6 == 0 else 0)
+            assert taken is not None
+            if not run.engine.step():
                 run.server.mailbox.wait(0.01)
+            run.allocator.release(taken)
+            run.engine.check()
             for sequence in run.engine.scheduler.waiting:
                 if sequence.beam_group and sequence.beam_group.outputs:
                     thrown_out.add((sequence.request_id, len(sequence.beam_group.outputs[0])))
         for search in world.searches:
             check(run, world, search)
-    assert len(thrown_out) > 2
+    assert len(thrown_out) > 4
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])

@@ -82,6 +82,7 @@ PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"early_stopping": True}, "early_stopping"),
     ({"num_beams": 2, "early_stopping": "always"}, "early_stopping"),
     ({"num_beams": 2, "early_stopping": 1}, "early_stopping"),
+    ({"num_beams": 2, "early_stopping": 0.0}, "early_stopping"),
     ({"num_beams": 2, "n": 3}, "n"),
     ({"num_beams": 2, "do_sample": True}, "do_sample"),
     ({"num_beams": 2, "temperature": 0.5}, "temperature"),

@@ -31,6 +31,16 @@ _NULL: JsonDict = {"type": "null"}
 NotImplementedYet = Annotated[None, Field(description="not implemented: refused unless null")]
 
 
+def _no_number(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("Input should be true, false or 'never'")  # to Python 1 is true
+    return value
+
+
+# One Literal and not a union, whose errors would name a branch behind the field.
+EarlyStopping = Annotated[Literal[True, False, "never"], BeforeValidator(_no_number)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -74,7 +84,7 @@ class Parameters(_Body):
     length_penalty: float | None = _opt(
         "score = log-probability / length ** this; default 1", ge=-10, le=10
     )
-    early_stopping: Literal[True, False, "never"] | None = _opt(
+    early_stopping: EarlyStopping | None = _opt(
         "end a search at num_beams finished hypotheses; default false"
     )
     return_full_text: bool | None = _opt("put the prompt in front of the text")
