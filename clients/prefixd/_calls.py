@@ -127,7 +127,7 @@ def update(
     if_match: str | None = None,
 ) -> Call[Task]:
     """Change the fields that are given. ``defaults`` replaces the whole of them:
-    ``{"parameters": {…}, "stop": [...], "chat_template": "…"}``."""
+    ``{"parameters": {…}, "stop": [...], "chat_template": "model"}``."""
     changes = {"description": description, "pinned": pinned, "defaults": defaults}
     body = {key: value for key, value in changes.items() if value is not None}
     return Call("PATCH", _path(task), _task, json=body, headers=_if_match(if_match))

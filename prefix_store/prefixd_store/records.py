@@ -80,7 +80,7 @@ class TaskRecord(_Record):
     description: str = ""
     pinned: bool = False
     defaults: dict[str, Any] = Field(default_factory=dict)
-    """request defaults: ``parameters`` (a generation-parameters object), ``stop``, ``chat_template``"""
+    """of requests: ``parameters`` (a generation-parameters object), ``stop``, ``chat_template``"""
     created_at: datetime = Field(default_factory=utcnow)
     updated_at: datetime = Field(default_factory=utcnow)
 
@@ -91,7 +91,7 @@ class TaskRecord(_Record):
 
     @property
     def active(self) -> int | None:
-        """The version with the largest weight, the newest of equals; None when nothing is active."""
+        """The version with the largest weight, the newest of equals; None: nothing is active."""
         return max(self.split, key=lambda v: (self.split[v], v)) if self.split else None
 
     def version(self, number: int) -> VersionRecord:

@@ -2,12 +2,12 @@
 
 Two stores implement it, :mod:`prefixd_store.disk` and :mod:`prefixd_store.redis_store`;
 :func:`open_store` picks one from a URL. All methods are synchronous and thread-safe, may block on
-input/output, and raise only :class:`~prefixd_store.errors.PrefixdError` (a broken connection or disk
-is :class:`~prefixd_store.errors.StoreUnavailable`).
+input/output, and raise only :class:`~prefixd_store.errors.PrefixdError` (a broken connection or
+disk is :class:`~prefixd_store.errors.StoreUnavailable`).
 
 Every mutation is atomic and durable before it returns, bumps the record's revision and appends one
-:class:`~prefixd_store.records.Event`. ``if_match`` is an ETag (``record.etag``), ``"*"`` (must exist),
-``"!*"`` (must not exist: a create-only upload) or None (unconditional); a mismatch raises
+:class:`~prefixd_store.records.Event`. ``if_match`` is an ETag (``record.etag``), ``"*"`` (must
+exist), ``"!*"`` (must not exist: a create-only upload) or None (unconditional); a mismatch raises
 :class:`~prefixd_store.errors.Conflict`.
 """
 
@@ -66,7 +66,8 @@ class Store(ABC):
 
         ``version.version`` is ignored; the store numbers it. ``version.sha256`` and
         ``version.bytes`` are the blob's own. The task is created when it does not exist. The same
-        bytes as an existing version of the task: nothing new is stored, but ``activate`` is honoured.
+        bytes as an existing version of the task: nothing new is stored, but ``activate`` is
+        honoured.
         """
 
     @abstractmethod
@@ -101,7 +102,7 @@ class Store(ABC):
     # --- upkeep ----------------------------------------------------------------------------------
     @abstractmethod
     def events(self, after: str | None, *, timeout: float) -> list[Event]:
-        """Events later than cursor ``after`` (None: from now on), waiting up to ``timeout`` seconds.
+        """Events after cursor ``after`` (None: from now on), waiting up to ``timeout`` seconds.
 
         With None the answer is one ``reset`` event that carries the present cursor.
         """

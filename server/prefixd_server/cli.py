@@ -7,6 +7,7 @@ so that ``prefixd --help`` stays fast.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from prefixd_server.wiring import Server
 
 __all__ = ["load_config", "register", "serve"]
+
+log = logging.getLogger(__name__)
 
 
 def register(app: typer.Typer) -> None:
@@ -59,7 +62,8 @@ def serve(config: Config, *, on_ready: Callable[[str], None] = lambda url: None)
     try:
         listener = bind(config.http)
     except OSError as error:
-        _fail(f"cannot listen on {config.http.host}:{config.http.port}: {error.strerror}")
+        reason = str(error.strerror).split(" (")[0]  # socket adds the address once more
+        _fail(f"cannot listen on {config.http.host}:{config.http.port}: {reason}")
     died = False
 
     def on_death() -> None:
@@ -73,13 +77,18 @@ def serve(config: Config, *, on_ready: Callable[[str], None] = lambda url: None)
         _fail(str(error))
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def ready() -> None:
+        log.info("serving %s at %s", server.model.name, url)
+        on_ready(url)
+
     try:
         serve_http(
             create_app(server.services),
             server.services,
             listener,
             on_drain=server.drain,
-            on_ready=lambda: on_ready(url),
+            on_ready=ready,
         )
     finally:
         server.close()
@@ -92,7 +101,11 @@ def _start(config: Config, on_death: Callable[[], None]) -> Server:
     from prefixd_server.wiring import Server
 
     server = Server(config, on_death=on_death)
-    server.start()
+    try:
+        server.start()
+    except PrefixdError:
+        server.close()
+        raise
     return server
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from prefixd_server.frontend.service import Frontend
 from prefixd_server.frontend.text import TextCodec
 from prefixd_server.http.metrics import EngineGauges, Metrics
 from prefixd_server.http.services import ModelInfo, PoolUsage, Services
+from prefixd_server.http.spool import Spool
 from prefixd_server.kv.allocator import PageAllocator
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.models.loader import LoadedModel, load_model
@@ -87,8 +87,8 @@ class Server:
             vocab_size=self.model.vocab_size,
             observer=self.metrics,
         )
-        self._spool = tempfile.TemporaryDirectory(prefix="prefixd-spool-")
-        self.services = self._make_services(Path(self._spool.name))
+        self._spool = Spool()
+        self.services = self._make_services(self._spool.path)
         self._closing = threading.Event()
         self._collector = threading.Thread(target=self._collect_garbage, name="prefixd-gc")
 
@@ -111,7 +111,7 @@ class Server:
             self._collector.join()
         self.frontend.close()
         self.store.close()
-        self._spool.cleanup()
+        self._spool.close()
 
     def _make_engine(self, pool: KVPool) -> Engine:
         config, model = self.config, self.model

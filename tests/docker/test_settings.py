@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from prefixd_server.config import Config
 
+from prefixd_server.config import Config
 from tests.docker.files import (
     DOCKER,
     DOCKERFILES,

@@ -76,3 +76,16 @@ def test_many_threads(any_codec: TextCodec) -> None:
         assert list(threads.map(any_codec.encode, texts)) == alone
         decoded = threads.map(lambda pair: any_codec.decode(pair[0]), alone)
         assert [text.strip() for text in decoded] == [text.strip() for text in texts]
+
+
+def test_a_chat_is_rendered_by_the_models_own_template(
+    smollm: PreTrainedTokenizerBase,
+) -> None:
+    codec = TextCodec(smollm)
+    assert codec.has_chat_template
+    ids, num_leading = codec.encode_chat("hello {{ 7 * 7 }}")
+    expected = smollm.apply_chat_template(
+        [{"role": "user", "content": "hello {{ 7 * 7 }}"}], add_generation_prompt=True
+    )
+    assert ids == expected["input_ids"]
+    assert num_leading == 0

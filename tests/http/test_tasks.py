@@ -119,11 +119,20 @@ def _other(client: httpx.Client, task: str) -> bytes:
 
 def test_patch_replaces_only_what_it_names(client: httpx.Client, task: str) -> None:
     url = f"/v1/tasks/{task}"
-    defaults = {"parameters": {"temperature": 0.5}, "stop": ["\n"], "chat_template": "{{ x }}"}
+    defaults = {"parameters": {"temperature": 0.5}, "stop": ["\n"]}
     client.patch(url, json={"description": "one", "defaults": defaults})
     body = client.patch(url, json={"pinned": True}).json()
     assert (body["description"], body["pinned"], body["defaults"]) == ("one", True, defaults)
     assert client.patch(url, json={"defaults": {}}).json()["defaults"] == {}
+
+
+def test_a_chat_template_is_the_models_or_refused(client: httpx.Client, task: str) -> None:
+    """This model has none, and a client's own would be a program to run."""
+    for template in ("model", "{{ messages }}"):
+        answer = client.patch(f"/v1/tasks/{task}", json={"defaults": {"chat_template": template}})
+        assert answer.status_code == 422
+        assert answer.json()["error"]["param"] == "defaults.chat_template"
+    assert client.get(f"/v1/tasks/{task}").json()["defaults"] == {}
 
 
 def test_delete_a_version(client: httpx.Client, task: str, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from prefixd_store import DType, Geometry, PrefixArray
 from transformers import (
     DynamicCache,
     GPT2Config,
@@ -18,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+
+from prefixd_store import DType, Geometry, PrefixArray
 
 # Grouped-query, with a head size that is not hidden_size / heads; and plain multi-head.
 GEOMETRIES = {"llama": Geometry(3, 2, 16, 512), "gpt2": Geometry(2, 4, 8, 512)}

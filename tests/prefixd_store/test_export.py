@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+
 from prefixd_store import (
     InvalidPrefix,
     Prefix,
@@ -12,7 +13,6 @@ from prefixd_store import (
     parse_prefix,
     write_prefix,
 )
-
 from tests.prefixd_store.checkpoints import (
     GEOMETRIES,
     files_of,

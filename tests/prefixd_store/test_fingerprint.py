@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefixd_store import InvalidRequest, TensorSample, fingerprint_folder, fingerprint_tensors
 from safetensors.torch import save_file
 
+from prefixd_store import InvalidRequest, TensorSample, fingerprint_folder, fingerprint_tensors
 from tests.prefixd_store.checkpoints import raw_file, tiny_model
 
 

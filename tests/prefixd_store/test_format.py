@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import prefixd_store
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import prefixd_store
 from prefixd_store import (
     InvalidPrefix,
     Limits,
@@ -25,9 +28,6 @@ from prefixd_store import (
     write_prefix,
 )
 from prefixd_store import format as format_module
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
 from tests.prefixd_store.checkpoints import random_arrays, raw_file, to_torch
 
 DTYPES = ["float32", "float16", "bfloat16"]

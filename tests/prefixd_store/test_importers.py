@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from prefixd_store import (
     Geometry,
     ImportResult,
@@ -20,8 +22,6 @@ from prefixd_store import (
     parse_prefix,
     write_prefix,
 )
-from safetensors.torch import load_file, save_file
-
 from tests.prefixd_store.checkpoints import (
     GEOMETRIES,
     files_of,

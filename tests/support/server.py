@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
@@ -166,6 +167,17 @@ class LiveServer:
         )
         assert self.server.allocator.num_used == 0
 
+    def count_answers(self, status: int) -> int:
+        """HTTP answers of that status so far."""
+        counters = self.server.metrics.registry.collect()
+        samples = [s for family in counters for s in family.samples]
+        return sum(
+            int(sample.value)
+            for sample in samples
+            if sample.name == "prefixd_http_requests_total"
+            and sample.labels["status"] == str(status)
+        )
+
     def used_pages(self) -> int:
         return self.server.allocator.num_used
 
@@ -231,6 +243,13 @@ class ServerProcess:
         for line in stream:
             setattr(self, name, getattr(self, name) + line)
 
+    def log(self) -> list[dict[str, Any]]:
+        """Its log's lines; call it once the process has ended."""
+        return [json.loads(line) for line in self.stderr.splitlines() if line.startswith("{")]
+
+    def levels(self) -> set[str]:
+        return {line["level"] for line in self.log()}
+
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -277,5 +296,15 @@ class ServerProcess:
         self._process = None
 
 
-def _flags(options: dict[str, Any]) -> Sequence[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+def _flags(options: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        match value:
+            case True:
+                flags.append(f"--{flag}")
+            case False:
+                flags.append(f"--no-{flag}")
+            case _:
+                flags.append(f"--{flag}={value}")
+    return flags

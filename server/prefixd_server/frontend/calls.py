@@ -25,6 +25,8 @@ class Call:
     best_of: int = 1
     """requests drawn; a beam search is one, and gives ``n`` completions"""
     truncate: int | None = None
+    chat: bool = False
+    """``prompt`` is one user message, to be put through the model's own chat template"""
     timeout_s: float = 600.0
     priority: int = 0
     request_id: str = ""

@@ -170,7 +170,9 @@ class Frontend:
     async def _requests(self, call: Call) -> list[EngineRequest]:
         arrival = time.monotonic()
         self._check_token_ids(call.sampling)
-        prompt = _truncate(await self._tokenise(call.prompt, param="inputs"), call.truncate)
+        prompt = _truncate(
+            await self._tokenise(call.prompt, param="inputs", chat=call.chat), call.truncate
+        )
         self._check_length(len(prompt.token_ids), call.sampling.max_new_tokens)
         # Clients may reuse a request id while it is in flight; the engine needs its own.
         unique_id = f"{call.request_id}-{next(self._counter)}"
@@ -190,8 +192,9 @@ class Frontend:
             for i in range(call.best_of)
         ]
 
-    async def _tokenise(self, text: str, *, param: str) -> _Prompt:
-        encode = partial(self.codec.encode, text, param=param)
+    async def _tokenise(self, text: str, *, param: str, chat: bool = False) -> _Prompt:
+        encoder = self.codec.encode_chat if chat else self.codec.encode
+        encode = partial(encoder, text, param=param)
         if len(text) <= _INLINE_CHARACTERS:
             ids, num_leading = encode()
         else:

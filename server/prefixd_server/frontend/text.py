@@ -45,15 +45,26 @@ class TextCodec:
         Strings of special tokens in the text are treated as the tokenizer treats them. Raises
         InvalidRequest on text that is not Unicode (lone surrogates).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"not Unicode text: a lone surrogate, U+{ord(text[error.start]):04X}, at character"
-                f" {error.start}",
-                param=param,
-            ) from None
+        _check_unicode(text, param)
         return self._ids(text, special=True), self.num_leading
+
+    @property
+    def has_chat_template(self) -> bool:
+        return getattr(self._tokenizer, "chat_template", None) is not None
+
+    def encode_chat(self, text: str, *, param: str = "inputs") -> tuple[list[int], int]:
+        """``text`` as a user's message through the model's chat template, up to the answer's start.
+
+        The template writes all special tokens itself, so none is added. Raises as :meth:`encode`.
+        """
+        message = [{"role": "user", "content": text}]
+        with self._lock:
+            rendered = self._tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True
+            )
+        assert isinstance(rendered, str)
+        _check_unicode(rendered, param)
+        return self._ids(rendered, special=False), 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` without special tokens; half a character gives U+FFFD or nothing."""
@@ -112,3 +123,14 @@ class TextCodec:
             if added[start : start + len(self._anchor)] == self._anchor:
                 return start, len(added) - start - len(self._anchor)
         return 0, 0  # the text itself is tokenised otherwise after them: nothing can be told apart
+
+
+def _check_unicode(text: str, param: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"not Unicode text: a lone surrogate, U+{ord(text[error.start]):04X}, at character"
+            f" {error.start}",
+            param=param,
+        ) from None

@@ -95,6 +95,7 @@ async def _prepare(
         n=n,
         best_of=1 if is_search(parameters) else parameters.best_of or n,
         truncate=parameters.truncate,
+        chat=bool(record and record.defaults.get("chat_template")),
         timeout_s=min(parameters.timeout_s or limit, limit),
         priority=parameters.priority or 0,
         request_id=request.state.request_id,

@@ -172,7 +172,10 @@ class Defaults(_Body):
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
         default=None, max_length=16
     )
-    chat_template: str | None = Field(default=None, max_length=65536)
+    chat_template: Literal["model"] | None = Field(
+        default=None,
+        description="`model`: `inputs` is a user's message, put through the model's own template",
+    )
 
 
 class PatchRequest(_Body):

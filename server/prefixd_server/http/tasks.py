@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import Query, Response
 
+from prefixd_server.errors import InvalidRequest
 from prefixd_server.http.answers import TaskAnswer, TasksAnswer, VersionAnswer, errors
 from prefixd_server.http.auth import Tenant
 from prefixd_server.http.parameters import check_parameters
@@ -72,6 +73,11 @@ async def patch_task(
             body.defaults.parameters,
             vocab_size=services.model.vocab_size,
             at="defaults.parameters",
+        )
+    if body.defaults.chat_template and not services.frontend.codec.has_chat_template:
+        raise InvalidRequest(
+            f"the tokenizer of {services.model.name} has no chat template",
+            param="defaults.chat_template",
         )
     record = await services.ask(
         services.registry.update, tenant, task, body.changes(), if_match=if_match
