@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from prefixd_server.config import ModelConfig
 from prefixd_server.errors import InvalidRequest
@@ -206,9 +205,7 @@ def test_searches_mixed_with_greedy_and_sampled_requests(
 
 
 @pytest.mark.parametrize("page_size", [2, 16])
-def test_preempted_searches_find_the_same(
-    world: World, tmp_path: Path, page_size: int
-) -> None:
+def test_preempted_searches_find_the_same(world: World, tmp_path: Path, page_size: int) -> None:
     """Every few steps all free memory is gone for a moment: whoever needs some is thrown out."""
     num_pages = 1000 // page_size
     thrown_out = set()
