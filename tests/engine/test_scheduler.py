@@ -41,7 +41,10 @@ def random_event(world: World, rng: Random) -> None:
         most = world.allocator.num_pages * world.allocator.page_size // 2
         prefix = rng.choice([None, *world.versions])
         prompt, new = rng.randint(1, max(1, most // 4)), rng.randint(1, 30)
-        world.arrive(prompt, new, prefix, priority=rng.choice([0, 0, 0, 1, -1]))
+        beams = rng.choice([1, 1, 2, 3])
+        if beams > 1:
+            prompt, new = min(prompt, 6), min(new, 12)  # or few would fit
+        world.arrive(prompt, new, prefix, priority=rng.choice([0, 0, 0, 1, -1]), beams=beams)
     elif draw < 0.55 and world.sequences:
         world.abort(rng.choice(sorted(world.sequences)))
     elif world.versions:
@@ -70,9 +73,11 @@ def test_long_traces_agree_with_the_oracle_and_nothing_starves(seed: int) -> Non
 
 
 def test_the_traces_are_not_trivial() -> None:
-    worlds = [run_trace(seed) for seed in range(20)]
+    worlds = [run_trace(seed) for seed in range(60)]
     assert sum(world.scheduler.num_preemptions for world in worlds) > 30
     assert sum(world.num_arrived for world in worlds) > 400
+    assert sum(world.num_forks for world in worlds) > 100
+    assert sum(world.num_forks_again for world in worlds) > 4
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -108,10 +113,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         new=st.integers(1, 8),
         prefix=st.integers(0, 3),
         priority=st.integers(-1, 1),
+        beams=st.sampled_from([1, 1, 2, 3]),
     )
-    def arrive(self, prompt: int, new: int, prefix: int, priority: int) -> None:
+    def arrive(self, prompt: int, new: int, prefix: int, priority: int, beams: int) -> None:
         names = [None, *self.world.versions]
-        self.world.arrive(prompt, new, names[prefix % len(names)], priority=priority)
+        name = names[prefix % len(names)]
+        self.world.arrive(prompt, new, name, priority=priority, beams=beams)
 
     @precondition(lambda self: self.world.sequences)
     @rule(pick=st.integers(0, 9))
