@@ -17,6 +17,7 @@ from transformers import (
     MistralConfig,
     MptConfig,
     OPTConfig,
+    PhimoeConfig,
     PreTrainedConfig,
     Qwen3Config,
     StableLmConfig,
@@ -72,6 +73,7 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> 
         pytest.param(MistralConfig(**GQA, sliding_window=3), 2, 2, 8, id="mistral"),
         pytest.param(Gemma2Config(**GQA, head_dim=16, sliding_window=3), 2, 2, 16, id="gemma2"),
         pytest.param(Qwen3Config(**GQA, head_dim=16), 2, 2, 16, id="qwen3"),
+        pytest.param(StableLmConfig(**GQA), 2, 2, 8, id="stablelm: drops keyword arguments"),
     ],
 )
 def test_the_geometry_is_what_reaches_attention(
@@ -102,11 +104,6 @@ def test_bfloat16_passes_the_comparison(family: str) -> None:
             id="bloom: attention of its own, with ALiBi",
         ),
         pytest.param(
-            StableLmConfig(**GQA),
-            "StableLmForCausalLM.* does not pass `attention_plan` on",
-            id="stablelm: drops keyword arguments",
-        ),
-        pytest.param(
             MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
             "MptForCausalLM.* running a packed step failed",
             id="mpt: falls over without a mask",
@@ -127,8 +124,13 @@ def test_bfloat16_passes_the_comparison(family: str) -> None:
             id="lfm2: layers with another kind of state",
         ),
         pytest.param(
+            PhimoeConfig(**GQA, num_local_experts=2, sliding_window=100),
+            "PhimoeForCausalLM.* layer 0 has a window of 100 tokens but tells attention of None",
+            id="phimoe: a window that only the mask knows",
+        ),
+        pytest.param(
             Llama4TextConfig(**GQA, intermediate_size_mlp=64, head_dim=8, moe_layers=[]),
-            "Llama4ForCausalLM.* chunked attention",
+            "Llama4ForCausalLM.* layer 0 is of type chunked_attention",
             id="llama4: a mask that shows only far on",
         ),
     ],

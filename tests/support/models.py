@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2Config, LlamaConfig
 
 from prefixd_server.models.demo import demo_model_folder
 
@@ -50,8 +50,12 @@ def demo_folder() -> Path:
 def tiny_model_folder(family: str, folder: Path) -> Path:
     """A random model of ``family`` saved with the demo's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(demo_folder())
+    return save_random_model(TINY[family](len(tokenizer)), tokenizer, folder)
+
+
+def save_random_model(config: Any, tokenizer: Any, folder: Path) -> Path:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(TINY[family](len(tokenizer)))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -83,8 +87,10 @@ def save_peft_prefix(
 def _kv_rows(base: Any, num_tokens: int, seed: int) -> torch.Tensor:
     """[P, L * 2 * H_kv * D], laid out as PEFT's ``prompt_embeddings``."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(10, 40_000, (1, num_tokens), generator=generator)
-    cache = base(input_ids=ids, use_cache=True).past_key_values
+    ids = torch.randint(10, base.config.vocab_size, (1, num_tokens), generator=generator)
+    # A cache that is told of the model's sliding windows would forget the first tokens.
+    cache = DynamicCache()
+    base(input_ids=ids, past_key_values=cache, use_cache=True)
     rows = [
         tensor[0].transpose(0, 1).flatten(1)  # [H_kv, P, D] -> [P, H_kv * D]
         for layer in cache.layers

@@ -1,23 +1,30 @@
 """Plugs a :class:`~prefixd_server.attention.base.StepPlan` into transformers' own modelling code.
 
 transformers calls ``AttentionInterface`` functions with extra keyword arguments of ``model(...)``;
-the plan travels as one of them, so there is no ambient state.
+the plan travels as one of them, so there is no ambient state. A few families drop them on the way
+(StableLM, Nemotron). All hand the attention mask down, one of four dimensions as it is: there the
+plan travels on the mask (:func:`carry_plan_on_mask`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from prefixd_server.attention.base import LayerOptions, StepPlan
 
-__all__ = ["IMPLEMENTATION", "register"]
+__all__ = ["IMPLEMENTATION", "PlanNotPassed", "carry_plan_on_mask", "register"]
 
 IMPLEMENTATION = "prefixd"
 """the name to load a model with: ``attn_implementation=IMPLEMENTATION``"""
+
+
+class PlanNotPassed(TypeError):
+    """The model's own code drops the keyword argument that carries the plan."""
 
 
 def _attention(
@@ -35,7 +42,10 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D]; key and value [1, H_kv, T, D] -> [1, T, H, D]"""
     if attention_plan is None:
-        raise TypeError(f"{type(module).__name__} does not pass `attention_plan` on to attention")
+        attention_plan = getattr(attention_mask, "attention_plan", None)
+    if attention_plan is None:
+        name = type(module).__name__
+        raise PlanNotPassed(f"{name} does not pass `attention_plan` on to attention")
     if kwargs.get("s_aux") is not None:
         raise TypeError(f"{type(module).__name__} uses attention sinks")
     options = LayerOptions(
@@ -55,6 +65,22 @@ def _attention(
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The plan knows who sees whom; transformers need not build a mask over the packed step."""
+
+
+def carry_plan_on_mask(module: nn.Module) -> None:
+    """Have every later ``module(..., attention_plan=plan)`` take the plan along on its mask."""
+
+    def move(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        plan = kwargs.pop("attention_plan", None)
+        if plan is not None:
+            mask: Any = torch.empty(1, 1, 1, 1)
+            mask.attention_plan = plan
+            kwargs["attention_mask"] = mask
+        return args, kwargs
+
+    module.register_forward_pre_hook(move, with_kwargs=True)
 
 
 def register() -> None:

@@ -66,7 +66,11 @@ def load_model(config: ModelConfig) -> LoadedModel:
     with _reading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     text_config = model_config.get_text_config()
-    max_model_len = _max_model_len(config.max_model_len, _max_positions(text_config, tokenizer))
+    max_model_len = _max_model_len(
+        config.max_model_len,
+        _max_positions(text_config, tokenizer),
+        _fixed_rope_positions(text_config),
+    )
     loaded_dtype = next(module.parameters()).dtype
     geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     return LoadedModel(
@@ -130,25 +134,45 @@ def _read_config(source: str) -> Any:
 
 
 def _load_module(source: str, family: str, dtype: Any) -> Any:
-    try:
-        with _reading(source, "model"):
-            return AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=interface.IMPLEMENTATION
-            )
-    except KeyError as error:
-        if error.args != (interface.IMPLEMENTATION,):
-            raise
-        # The family looks the name up among attention classes of its own.
+    with _reading(source, "model"):
+        module = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager"
+        )
+    # Only now: some families look the name up among attention classes of their own. Those that
+    # cannot take ours keep the one they have.
+    module.set_attn_implementation(interface.IMPLEMENTATION)
+    if module.config._attn_implementation != interface.IMPLEMENTATION:
         raise UnsupportedModel(
-            f"{source} is a {family} model; their attention does not go through transformers'"
-            " AttentionInterface"
-        ) from error
+            f"{source} is a {family} model; {type(module).__name__}'s attention does not go through"
+            " transformers' AttentionInterface"
+        )
+    return module
 
 
-def _max_model_len(wanted: int | None, own: int) -> int:
+def _max_model_len(wanted: int | None, own: int, fixed_rope: int | None) -> int:
+    """``fixed_rope``: where :func:`_fixed_rope_positions` ends, if anywhere."""
     if wanted is not None and wanted > own:
         raise UnsupportedModel(f"--max-model-len {wanted}: the model's own context is {own}")
-    return wanted or own
+    longest = wanted or own
+    if fixed_rope is None or longest <= fixed_rope:
+        return longest
+    reason = f"beyond {fixed_rope} positions, RoPE depends on the longest sequence of the batch"
+    if wanted is not None:
+        raise UnsupportedModel(f"--max-model-len {wanted}: {reason}")
+    log.warning("serving %d of %d positions: %s", fixed_rope, own, reason)
+    return fixed_rope
+
+
+def _fixed_rope_positions(text_config: Any) -> int | None:
+    """How many positions have frequencies of their own; None: all."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else list(parameters.values())
+    limits = {
+        "dynamic": lambda rope: text_config.max_position_embeddings,
+        "longrope": lambda rope: rope["original_max_position_embeddings"],
+    }
+    found = [limits[rope["rope_type"]](rope) for rope in kinds if rope.get("rope_type") in limits]
+    return min(found, default=None)
 
 
 def _max_positions(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -4,7 +4,8 @@ Config classes name heads and sizes in many ways; what matters is what reaches t
 function, so one packed step of two short sequences is run and observed. The same step run on the
 reference attention of transformers must give the same logits: a family whose attention does not go
 through ``AttentionInterface``, or that alters scores in a way the plan does not know of (ALiBi,
-attention sinks), is refused at start-up, by name.
+attention sinks), is refused at start-up, by name. So is one with a window that only its mask knows,
+which would not show on a short step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefixd_server.attention.base import LayerOptions, StepPlan
-from prefixd_server.attention.interface import IMPLEMENTATION
+from prefixd_server.attention.interface import IMPLEMENTATION, PlanNotPassed, carry_plan_on_mask
 from prefixd_server.errors import UnsupportedModel
 from prefixd_store.geometry import Geometry
 
@@ -32,11 +33,13 @@ class _ObservingPlan(StepPlan):
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
         self.shapes: dict[int, tuple[int, int, int]] = {}
+        self.windows: dict[int, int | None] = {}
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: LayerOptions
     ) -> Tensor:
         self.shapes[layer] = (key.shape[1], key.shape[2], value.shape[2])
+        self.windows[layer] = options.sliding_window
         repeats = query.shape[1] // key.shape[1]
         rows = [
             _causal(q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), options)
@@ -68,18 +71,10 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, options: LayerOptions) ->
 def observe_geometry(module: Any, *, num_layers: int) -> Geometry:
     """Raises UnsupportedModel if this model's own code cannot run a packed step correctly."""
     name = type(module).__name__
-    _check_masks(module, name)
     device = next(module.parameters()).device
     tokens = torch.arange(1, sum(_LENGTHS) + 1, device=device)[None]
     positions = torch.cat([torch.arange(n, device=device) for n in _LENGTHS])[None]
-    plan = _ObservingPlan(_LENGTHS)
-    try:
-        packed = module(
-            input_ids=tokens, position_ids=positions, use_cache=False, attention_plan=plan
-        ).logits[0]
-    except Exception as error:
-        # A family with attention code of its own may fail in any way at all.
-        raise UnsupportedModel(f"{name} cannot be served: {_reason(error)}") from error
+    plan, packed = _run_packed(module, tokens, positions)
     if sorted(plan.shapes) != list(range(num_layers)):
         raise UnsupportedModel(
             f"{name} cannot be served: {len(plan.shapes)} of its {num_layers} layers call attention"
@@ -91,9 +86,27 @@ def observe_geometry(module: Any, *, num_layers: int) -> Geometry:
             f"{name} cannot be served yet: its layers' KV shapes differ: (heads, key dim, value"
             f" dim) are {sorted(shapes)}"
         )
+    _check_windows(name, plan.windows, module.config.get_text_config(decoder=True))
     _compare_with_reference(module, name, tokens, packed)
     num_kv_heads, head_dim, _ = shapes.pop()
     return Geometry(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+
+def _run_packed(module: Any, tokens: Tensor, positions: Tensor) -> tuple[_ObservingPlan, Tensor]:
+    """The plan and the logits [T, V]."""
+    plan = _ObservingPlan(_LENGTHS)
+    arguments = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+    try:
+        try:
+            output = module(**arguments, attention_plan=plan)
+        except PlanNotPassed:
+            carry_plan_on_mask(module)
+            output = module(**arguments, attention_plan=plan)
+    except Exception as error:
+        # A family with attention code of its own may fail in any way at all.
+        name = type(module).__name__
+        raise UnsupportedModel(f"{name} cannot be served: {_reason(error)}") from error
+    return plan, output.logits[0]
 
 
 def _reason(error: Exception) -> str:
@@ -102,14 +115,20 @@ def _reason(error: Exception) -> str:
     return f"running a packed step failed with {type(error).__name__}: {error}"
 
 
-def _check_masks(module: Any, name: str) -> None:
-    """What a short probe cannot see: a mask that differs only beyond some thousand tokens."""
-    kinds = getattr(module.config.get_text_config(), "layer_types", None) or ()
-    if "chunked_attention" in kinds:
-        raise UnsupportedModel(
-            f"{name} cannot be served: it has layers of chunked attention, a mask that"
-            " AttentionInterface is not told of"
-        )
+def _check_windows(name: str, observed: dict[int, int | None], config: Any) -> None:
+    """Some families tell only the mask of a window (PhiMoE), or of chunks (Llama 4)."""
+    window = getattr(config, "sliding_window", None)
+    default = "full_attention" if window is None else "sliding_attention"
+    layer_types = getattr(config, "layer_types", None) or [default] * len(observed)
+    expected = {"full_attention": None, "sliding_attention": window}
+    for layer, kind in enumerate(layer_types):
+        if kind not in expected:
+            raise UnsupportedModel(f"{name} cannot be served: layer {layer} is of type {kind}")
+        if observed[layer] != expected[kind]:
+            raise UnsupportedModel(
+                f"{name} cannot be served: layer {layer} has a window of {expected[kind]} tokens"
+                f" but tells attention of {observed[layer]}"
+            )
 
 
 def _compare_with_reference(module: Any, name: str, tokens: Tensor, packed: Tensor) -> None:
