@@ -201,17 +201,3 @@ def test_a_search_that_can_never_run_is_refused(
     rig.step()
     assert isinstance(rig.error(refused), InvalidRequest)
     assert message in str(rig.error(refused))
-
-
-def test_a_search_is_not_starved_by_those_that_need_fewer_tokens(tmp_path: Path) -> None:
-    """Six beams of eight tokens a step: while they wait for room nobody new is let in."""
-    rig = Rig(tmp_path, num_pages=60, max_num_seqs=12, max_num_batched_tokens=8)
-    for _ in range(3):
-        rig.submit(PROMPT, max_new_tokens=10, ignore_eos=True)
-    rig.step()
-    search = rig.submit(PROMPT, max_new_tokens=6, beams=BeamParams(6, 6, 1.0, "never"))
-    for _ in range(60):
-        rig.submit(PROMPT, max_new_tokens=10, ignore_eos=True)
-        rig.step()
-    assert rig.hypotheses(search) == rig.expected_hypotheses(search)
-    rig.finish_all()

@@ -219,6 +219,28 @@ def test_who_lacks_pages_holds_back_those_behind() -> None:
     world.drain()
 
 
+def test_hypotheses_that_compute_anew_are_not_starved_by_later_decodes() -> None:
+    """Four take four tokens of a step's six. Three decode, and there are always more to come."""
+    world = World(num_pages=400, max_num_seqs=12, max_num_batched_tokens=6)
+    search = world.arrive(4, new=60, beams=4)
+    assert search is not None
+    group = search.beam_group
+    assert group is not None
+    while len({tuple(output[-3:-2]) for output in group.outputs}) < 2:
+        world.step()  # until they differ in their last three: as many to compute anew for each
+    for _ in range(4):
+        world.arrive(1, new=30)
+        world.step()
+    world.scheduler._preempt(search)
+    world.oracle.item(search.request_id).stop()
+    known = len(group.outputs[0])
+    for _ in range(100):
+        world.arrive(1, new=9)
+        world.step()
+    assert len(group.outputs[0]) > known
+    world.drain()
+
+
 def test_a_prefix_without_pages_holds_back_those_behind() -> None:
     world = World(num_pages=4)
     world.add_prefix("p", 12)
