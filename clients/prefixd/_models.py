@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -49,6 +49,9 @@ class Parameters(TypedDict, total=False):
     ignore_eos: bool | None
     n: int | None
     best_of: int | None
+    num_beams: int | None
+    length_penalty: float | None
+    early_stopping: bool | Literal["never"] | None
     return_full_text: bool | None
     truncate: int | None
     details: bool | None
@@ -90,11 +93,14 @@ class Details(_Answer):
 
 class Sequence(_Answer):
     generated_text: str
+    score: float | None = None
+    """Of a beam search: the summed log-probability over length ** ``length_penalty``."""
     details: Details | None = None
 
 
 class Generation(_Answer):
     generated_text: str
+    score: float | None = None
     details: Details | None = None
     sequences: list[Sequence] | None = None
     """All ``n`` of them, where more than one was asked for."""

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from prefixd_server.errors import PrefixdError
 
 __all__ = [
+    "BeamParams",
     "CompileOutput",
     "EngineRequest",
     "Finish",
     "FinishReason",
+    "Hypothesis",
     "Output",
     "PrefixKey",
     "PrefixState",
@@ -90,6 +92,18 @@ class PrefixState(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class BeamParams:
+    """Beam search with transformers' meanings of its parameters."""
+
+    num_beams: int
+    n: int = 1
+    """how many of the best hypotheses are returned"""
+    length_penalty: float = 1.0
+    """a hypothesis scores its summed log-probability over its length to this power"""
+    early_stopping: bool | Literal["never"] = False
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one sequence is drawn. Values are validated where they enter, in ``http/schemas.py``."""
 
@@ -112,6 +126,8 @@ class SamplingParams:
     ignore_eos: bool = False
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    beams: BeamParams | None = None
+    """search instead of drawing; temperature and filters are off, penalties move the scores"""
 
     @property
     def greedy(self) -> bool:
@@ -120,7 +136,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence to run. A client's request with ``n`` > 1 is n of these."""
+    """One sequence to run, or one beam search. Sampling with ``n`` > 1 is n of these."""
 
     request_id: str
     tenant: str
@@ -157,6 +173,15 @@ class Token(NamedTuple):
     """``top_n_tokens`` of (id, logprob), most likely first"""
 
 
+class Hypothesis(NamedTuple):
+    """One result of a beam search."""
+
+    tokens: tuple[Token, ...]
+    score: float
+    """summed log-probability, after penalties, over length ** length_penalty"""
+    reason: FinishReason
+
+
 @dataclass(frozen=True, slots=True)
 class Started:
     """The prompt has been run; comes once, with or before the first token."""
@@ -184,6 +209,8 @@ class Finish:
     reason: FinishReason
     error: PrefixdError | None = None
     compiled: CompileOutput | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
+    """of a beam search, which has no tokens on the way; best first, ``reason`` is the first's"""
 
 
 @dataclass(frozen=True, slots=True)

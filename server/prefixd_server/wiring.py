@@ -118,6 +118,8 @@ class Server:
     def _make_engine(self, pool: KVPool) -> Engine:
         config, model = self.config, self.model
         backend = create_backend(_attention_backend(config), pool)
+        max_num_seqs = config.scheduler.max_num_seqs
+        max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         return Engine(
             self.mailbox,
             Admission(
@@ -126,13 +128,15 @@ class Server:
                 self.allocator,
                 max_model_len=model.max_model_len,
                 decoder_rules=model.decoder_rules,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
             ),
             self.residency,
             Scheduler(
                 self.allocator,
                 self.residency,
-                max_num_seqs=config.scheduler.max_num_seqs,
-                max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
             ),
             _make_runner(model, backend),
             Sampler(model.vocab_size, model.eos_token_ids, model.device),

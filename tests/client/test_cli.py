@@ -130,6 +130,15 @@ def test_generate_without_stream(cli: Cli, e2e: Server, monkeypatch: pytest.Monk
     assert several.out == f"{TEXT} 0\n{TEXT} 1\n"
 
 
+def test_generate_with_beams_is_not_streamed(cli: Cli, e2e: Server) -> None:
+    found = cli("generate", "e2e", "hi", "--num-beams", "4", "--param", "n=2")
+    assert found.out == f"{TEXT} 0\n{TEXT} 1\n"
+    parameters = {"num_beams": 4, "n": 2}
+    assert e2e.seen[-1].json == {"inputs": "hi", "parameters": parameters, "stream": False}
+    assert cli("generate", "e2e", "hi", "--num-beams", "1").out == TEXT + "\n"
+    assert e2e.seen[-1].json["stream"] is True
+
+
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
 def test_generate_details(cli: Cli, e2e: Server, stream: str) -> None:
     ran = cli("generate", "e2e", "hi", "--details", stream)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefixd_server.config import LimitsConfig
 from prefixd_server.engine.admission import Admission
+from prefixd_server.engine.beam_search import BeamSearch
 from prefixd_server.engine.engine import Engine
 from prefixd_server.engine.mailbox import Mailbox
 from prefixd_server.engine.runner import ModelRunner, StepLogits
@@ -44,11 +45,36 @@ def expected_tokens(prefix: str | None, prompt: Seq[int], max_new_tokens: int) -
     return output
 
 
+def beam_logits(prefix: str | None, tokens: Seq[int]) -> Tensor:
+    """What a beam search gets: no two tokens alike. [VOCAB], as all logits."""
+    seed = random.Random(f"{prefix} {list(tokens)}").getrandbits(60)
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def expected_hypotheses(
+    prefix: str | None, request: EngineRequest
+) -> list[tuple[list[int], float]]:
+    """The search with no engine around it; ``test_beam_search`` compares it with transformers."""
+    params = request.sampling
+    assert params.beams is not None
+    search = BeamSearch(
+        params.beams, max_new_tokens=params.max_new_tokens, ending_ids=frozenset({EOS})
+    )
+    while not search.done:
+        rows = [[*request.prompt_token_ids, *(t.id for t in beam)] for beam in search.running]
+        logprobs = torch.stack([beam_logits(prefix, row) for row in rows]).log_softmax(-1)
+        search.advance(logprobs, logprobs)
+    return [([token.id for token in tokens], score) for tokens, score in search.best()]
+
+
 class RuleRunner:
-    """In the model's place. Each sequence's leased pages must hold its prefix, in every step."""
+    """In the model's place. Each sequence's leased pages must hold its prefix, and its own pages
+    its tokens, in every step."""
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.kv: dict[tuple[int, int], int] = {}
+        """(page, offset) → the token that was computed there"""
         self.seeds = {version.key: seed for seed, version in enumerate(world.versions)}
         self.num_steps = 0
 
@@ -58,6 +84,10 @@ class RuleRunner:
             if sequence.prefix is not None:
                 assert sequence.lease is not None
                 self.world.assert_holds(sequence.lease, self.seeds[sequence.prefix.key])
+        for sequence, count in step:
+            self._write(sequence, count)
+        for sequence, count in step:
+            self._assert_holds_tokens(sequence, sequence.num_computed + count)
         if any(sequence.prompt_token_ids[0] == BOOM for sequence, _ in step):
             raise RuntimeError("the forward failed, as the test asked")
         ready = [
@@ -68,12 +98,36 @@ class RuleRunner:
         rows = [self._logits(sequence) for sequence in ready]
         return StepLogits(ready, torch.stack(rows) if rows else torch.empty(0, VOCAB), [])
 
+    def copy_pages(self, copies: Seq[tuple[int, int]]) -> None:
+        sources, targets = zip(*copies, strict=True)
+        assert len(set(targets)) == len(targets)
+        assert not set(sources) & set(targets)
+        size = self.world.allocator.page_size
+        for offset in range(size):
+            for source, target in copies:
+                self.kv[target, offset] = self.kv.get((source, offset), -1)
+
+    def _write(self, sequence: Sequence, count: int) -> None:
+        allocator, start = self.world.allocator, sequence.num_computed
+        for i, token in enumerate(sequence.tokens(start, start + count), start):
+            page, offset = sequence.pages[i // allocator.page_size], i % allocator.page_size
+            assert allocator.references(page) == 1, "written where another sequence reads"
+            self.kv[page, offset] = token
+
+    def _assert_holds_tokens(self, sequence: Sequence, stop: int) -> None:
+        size = self.world.allocator.page_size
+        held = [self.kv[sequence.pages[i // size], i % size] for i in range(stop)]
+        assert held == sequence.tokens(0, stop)
+
     def _logits(self, sequence: Sequence) -> Tensor:
-        logits = torch.zeros(VOCAB)
         if sequence.prompt_token_ids[0] == NAN and sequence.output_token_ids:
-            return logits * float("nan")
+            return torch.full((VOCAB,), float("nan"))
         prefix = sequence.prefix.sha256 if sequence.prefix else None
-        logits[next_token(prefix, sequence.tokens(0, sequence.num_tokens))] = 5.0
+        tokens = sequence.tokens(0, sequence.num_tokens)
+        if sequence.params.beams is not None:
+            return beam_logits(prefix, tokens)
+        logits = torch.zeros(VOCAB)
+        logits[next_token(prefix, tokens)] = 5.0
         return logits
 
     def read_kv(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
@@ -108,7 +162,14 @@ class Rig:
         allocator, residency = self.world.allocator, self.world.residency
         self.engine = Engine(
             self.mailbox,
-            Admission(registry, residency, allocator, max_model_len=64),
+            Admission(
+                registry,
+                residency,
+                allocator,
+                max_model_len=64,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+            ),
             residency,
             Scheduler(
                 allocator,
@@ -188,10 +249,21 @@ class Rig:
     def tokens(self, request_id: str) -> list[int]:
         return [token.id for output in self.outputs[request_id] for token in output.tokens]
 
+    def hypotheses(self, request_id: str) -> list[tuple[list[int], float]]:
+        found = self.finish(request_id).hypotheses
+        return [([token.id for token in h.tokens], h.score) for h in found]
+
+    def expected_hypotheses(self, request_id: str) -> list[tuple[list[int], float]]:
+        request = self.requests[request_id]
+        return expected_hypotheses(self._prefix(request), request)
+
+    def _prefix(self, request: EngineRequest) -> str | None:
+        shas = {version.task: version.sha256 for version in self.world.versions}
+        return shas[request.task] if request.task else None
+
     def expected(self, request_id: str) -> list[int]:
         request = self.requests[request_id]
-        shas = {version.task: version.sha256 for version in self.world.versions}
-        prefix = shas[request.task] if request.task else None
+        prefix = self._prefix(request)
         return expected_tokens(prefix, request.prompt_token_ids, request.sampling.max_new_tokens)
 
     def assert_empty(self) -> None:

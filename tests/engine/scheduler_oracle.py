@@ -4,6 +4,7 @@ computed from scratch. Shares no code with the scheduler."""
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -37,11 +38,32 @@ class Item:
     output: int = 0
     computed: int = 0
     pages: int = 0
+    reserve: int = 0
+    """taken by admission for when it forks again"""
     running: bool = False
+    beams: int = 1
+    outputs: list[list[int]] = field(default_factory=list)
+    """of a beam search: each hypothesis's tokens, once there are any"""
+    writes: list[list[int]] = field(default_factory=list)
+    """of one that has forked: for each hypothesis what was written for each of its tokens. What two
+    have in common was written once, before they parted."""
 
     @property
     def todo(self) -> int:
         return self.prompt + self.output - self.computed
+
+    @property
+    def width(self) -> int:
+        return len(self.writes) or 1
+
+    def stop(self) -> None:
+        """Preempted: what the hypotheses begin with together is computed anew by one."""
+        self.running, self.computed, self.writes = False, 0, []
+        self.pages = self.reserve = 0
+        if self.outputs:
+            alike = (len(set(column)) == 1 for column in zip(*self.outputs, strict=True))
+            common = sum(1 for _ in itertools.takewhile(bool, alike))
+            self.output = min(common, len(self.outputs[0]) - 1)
 
     @property
     def id(self) -> str:
@@ -63,6 +85,7 @@ class Oracle:
     max_num_batched_tokens: int
     items: list[Item] = field(default_factory=list)
     prefixes: dict[str, Prefix] = field(default_factory=dict)
+    num_writes: int = 0
 
     def running(self) -> list[Item]:
         return sorted((i for i in self.items if i.running), key=lambda item: item.order)
@@ -71,34 +94,51 @@ class Oracle:
         return sorted((i for i in self.items if not i.running), key=lambda item: item.order)
 
     def free(self) -> int:
-        own = sum(item.pages for item in self.items)
+        own = sum(item.pages + item.reserve + self._distinct(item) for item in self.items)
         shared = sum(p.num_pages for p in self.prefixes.values() if p.place in HAS_PAGES)
         return self.num_pages - own - shared
 
     def decide(self) -> Decision:
         decision = Decision()
+        someone_waits = False
         decodes = [item for item in self.running() if item.todo == 1]
         for item in decodes + [item for item in self.running() if item.todo > 1]:
-            tokens = min(item.todo, self._left(decision))
-            if item.running and tokens and self._grow(item, tokens, decision):
-                decision.scheduled.append((item.id, tokens))
-        if not decision.preempted:
+            tokens = min(item.todo, self._left(decision) // item.width)
+            if item.running and not tokens:
+                someone_waits = True
+            elif item.running and self._grow(item, tokens, decision):
+                decision.scheduled += [(item.id, tokens)] * item.width
+        if not decision.preempted and not someone_waits:
             for item in self._admitted(decision):
                 decision.scheduled.append((item.id, min(item.todo, self._left(decision))))
         return decision
 
     def commit(self, decision: Decision) -> list[str]:
-        """What the engine does after the forward; the ids of those that have ended."""
+        """What the engine does after the forward; the ids of those that have ended.
+
+        Hypotheses do not move on by themselves: ``branch`` says how.
+        """
         done = list(decision.failed)
-        for id_, tokens in decision.scheduled:
-            (item,) = [item for item in self.items if item.id == id_]
+        for id_, tokens in dict(decision.scheduled).items():
+            item = self.item(id_)
             item.computed += tokens
-            item.output += item.todo == 0
-            if item.output == item.new:
+            item.output += item.todo == 0 and item.beams == 1
+            if item.output == item.new and item.beams == 1:
                 done.append(id_)
         for id_ in done:
             self.remove(id_)
         return done
+
+    def branch(self, id_: str, parents: list[int], outputs: list[list[int]]) -> None:
+        """Fork, or follow each hypothesis by a child of ``parents[i]``."""
+        item = self.item(id_)
+        known = item.writes or [[self.new_write() for _ in range(item.computed)]] * item.beams
+        item.writes = [list(known[parent]) for parent in parents]
+        item.outputs, item.output, item.pages = outputs, len(outputs[0]), 0
+
+    def item(self, id_: str) -> Item:
+        (item,) = [item for item in self.items if item.id == id_]
+        return item
 
     def remove(self, id_: str) -> None:
         self.items = [item for item in self.items if item.id != id_]
@@ -109,20 +149,47 @@ class Oracle:
     def _pages(self, tokens: int) -> int:
         return (tokens + self.page_size - 1) // self.page_size
 
+    def _distinct(self, item: Item) -> int:
+        """Pages that hypotheses hold: those with the same history hold the same page."""
+        size = self.page_size
+        return len(
+            {
+                (start, *writes[start : start + size])
+                for writes in item.writes
+                for start in range(0, len(writes), size)
+            }
+        )
+
     def _grow(self, item: Item, tokens: int, decision: Decision) -> bool:
-        missing = max(0, self._pages(item.computed + tokens) - item.pages)
+        before, old = self._distinct(item), item.writes
+        if item.writes:
+            item.writes = [[*w, *(self.new_write() for _ in range(tokens))] for w in old]
+            needed = self._distinct(item) - before
+            item.writes = old
+        else:
+            needed = max(0, self._pages(item.computed + tokens) - item.pages)
+        missing = max(0, needed - item.reserve)
         while missing and not self._make_room(missing, force=len(self.running()) == 1):
             victim = self.running()[-1]
-            victim.running, victim.computed, victim.pages = False, 0, 0
+            victim.stop()
             decision.preempted.append(victim.id)
             if victim is item:
                 return False
-        item.pages += missing
+        item.reserve -= needed - missing
+        if item.writes:
+            item.writes = [[*w, *(self.new_write() for _ in range(tokens))] for w in old]
+        else:
+            item.pages += needed
         return True
+
+    def new_write(self) -> int:
+        self.num_writes += 1
+        return self.num_writes
 
     def _admitted(self, decision: Decision) -> Iterator[Item]:
         for item in self.waiting():
-            if not self._left(decision) or len(self.running()) == self.max_num_seqs:
+            others = sum(other.beams for other in self.running())
+            if not self._left(decision) or others + item.beams > self.max_num_seqs:
                 return
             place = self._ask(item)
             if place is Place.BROKEN:
@@ -130,13 +197,16 @@ class Oracle:
             elif place is Place.HOST:
                 return
             elif place is Place.DEVICE:
-                others = len(self.running())
-                needed = self._pages(item.todo)
+                own = needed = self._pages(item.todo)
+                if item.outputs:
+                    full = item.todo // self.page_size
+                    rest = self._pages(item.prompt + len(item.outputs[0])) - full
+                    needed = full + item.beams * rest
                 item.running = True  # its prefix is in use from here on
                 if not self._make_room(needed + others, force=not others):
                     item.running = False
                     return
-                item.pages = needed
+                item.pages, item.reserve = own, needed - own
                 yield item
 
     def _ask(self, item: Item) -> Place:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from random import Random
+
+from prefixd_server.engine.beam_group import BeamGroup
+from prefixd_server.engine.beam_search import BeamSearch
 from prefixd_server.engine.scheduler import Scheduler
 from prefixd_server.engine.sequence import Sequence, Status
 from prefixd_server.errors import StoreUnavailable
 from prefixd_server.kv.allocator import PageAllocator, pages_for
 from prefixd_server.prefix.entry import Blocked, Entry, Lease
-from prefixd_server.types import EngineRequest, PrefixKey, PrefixVersion, SamplingParams
+from prefixd_server.types import (
+    BeamParams,
+    EngineRequest,
+    PrefixKey,
+    PrefixVersion,
+    SamplingParams,
+)
 from tests.engine.scheduler_oracle import HAS_PAGES, Item, Oracle, Place, Prefix
 
 TENANT = "default"
@@ -99,6 +109,9 @@ class World:
         self.sequences: dict[str, Sequence] = {}
         self.versions: dict[str, PrefixVersion] = {}
         self.num_arrived = 0
+        self.num_forks = self.num_forks_again = 0
+        self.rng = Random(num_pages)
+        """which hypotheses have which children"""
 
     def add_prefix(
         self, name: str, num_tokens: int, place: Place = Place.AWAY, *, pinned: bool = False
@@ -109,14 +122,21 @@ class World:
         self.oracle.prefixes[name] = Prefix(num_pages, pinned, place)
 
     def arrive(
-        self, prompt: int, new: int = 1, prefix: str | None = None, *, priority: int = 0
+        self,
+        prompt: int,
+        new: int = 1,
+        prefix: str | None = None,
+        *,
+        priority: int = 0,
+        beams: int = 1,
     ) -> Sequence | None:
         """A request, or None if not even an empty pool has room for it (admission refuses it)."""
         version = self.versions[prefix] if prefix else None
         size = self.allocator.page_size
-        needed = pages_for(prompt + new, size)
+        most = min(self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens)
+        needed = prompt // size + beams * (pages_for(prompt + new, size) - prompt // size)
         needed += pages_for(version.num_virtual_tokens, size) if version else 0
-        if needed > self.allocator.num_pages:
+        if needed > self.allocator.num_pages or beams > most:
             return None
         self.num_arrived += 1
         request = EngineRequest(
@@ -131,9 +151,12 @@ class World:
             arrival=float(self.num_arrived // 2),  # some arrive at the same moment
         )
         sequence = Sequence(request, request.prompt_token_ids, version)
+        if beams > 1:
+            search = BeamSearch(BeamParams(beams), max_new_tokens=new, ending_ids=frozenset())
+            sequence.beam_group = BeamGroup(sequence, search)
         self.scheduler.add(sequence)
         self.sequences[request.request_id] = sequence
-        self.oracle.items.append(Item(sequence.order, prompt, new, prefix))
+        self.oracle.items.append(Item(sequence.order, prompt, new, prefix, beams=beams))
         return sequence
 
     def abort(self, id_: str) -> None:
@@ -169,12 +192,45 @@ class World:
 
         for sequence, num_tokens in step.scheduled:
             sequence.num_computed += num_tokens
-            if sequence.num_uncomputed == 0:
+            if sequence.num_uncomputed == 0 and sequence.request_id not in self.searches:
                 sequence.output_token_ids.append(0)
-        for id_ in self.oracle.commit(decision):
+        done = self.oracle.commit(decision)
+        for id_ in sorted(self.searches & dict(scheduled).keys()):
+            if self._search(self.sequences[id_]):
+                done.append(id_)
+                self.oracle.remove(id_)
+        for id_ in done:
             self._release(self.sequences.pop(id_))
         self.check()
         return scheduled
+
+    @property
+    def searches(self) -> set[str]:
+        return {id_ for id_, sequence in self.sequences.items() if sequence.beam_group}
+
+    def _search(self, sequence: Sequence) -> bool:
+        """Fork, or let each hypothesis be followed by a child of any; whether that is the end."""
+        group = sequence.beam_group
+        assert group is not None
+        if sequence.branches[0].num_uncomputed:
+            return False
+        k = group.num_beams
+        parents = [self.rng.randrange(k) for _ in range(k)]
+        outputs = group.outputs
+        if group.beams or not outputs:
+            before = outputs or [[]] * k
+            outputs = [[*before[parent], self.rng.randrange(2)] for parent in parents]
+        if len(outputs[0]) == sequence.params.max_new_tokens:
+            return True
+        if group.beams:
+            group.follow(self.allocator, parents, outputs)
+        else:
+            self.num_forks += 1
+            self.num_forks_again += outputs is group.outputs
+            group.fork(self.allocator, outputs)
+            parents = list(range(k))
+        self.oracle.branch(sequence.request_id, parents, outputs)
+        return False
 
     def check(self) -> None:
         self.scheduler.check()
@@ -191,7 +247,7 @@ class World:
 
     def drain(self) -> int:
         """Let every load succeed until all requests have ended; the number of steps it took."""
-        total = sum(item.prompt + item.new for item in self.oracle.items)
+        total = sum(item.beams * (item.prompt + item.new) for item in self.oracle.items)
         bound = 4 + (len(self.oracle.items) + 1) * (total + 2 * len(self.versions))
         for steps in range(bound):
             if not self.sequences:
@@ -212,15 +268,20 @@ class World:
         assert sequence.lease is None
 
     def _check_limits(self, scheduled: list[tuple[str, int]]) -> None:
-        assert len({id_ for id_, _ in scheduled}) == len(scheduled)
+        for id_, tokens in set(scheduled):
+            width = len(self.sequences[id_].branches)
+            assert scheduled.count((id_, tokens)) == width, "hypotheses run in lockstep"
+        assert len(set(scheduled)) == len(dict(scheduled))
         assert all(num_tokens > 0 for _, num_tokens in scheduled)
         budget = self.scheduler.max_num_batched_tokens
         assert sum(num_tokens for _, num_tokens in scheduled) <= budget
-        assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
+        seats = sum(sequence.num_seats for sequence in self.scheduler.running)
+        assert seats <= self.scheduler.max_num_seqs
         for id_, num_tokens in scheduled:
             sequence = self.sequences[id_]
-            room = len(sequence.pages) * self.allocator.page_size
-            assert sequence.num_computed + num_tokens <= room
+            for branch in sequence.branches:
+                room = len(branch.pages) * self.allocator.page_size
+                assert branch.num_computed + num_tokens <= room
 
     def _check_places(self) -> None:
         places = {name: self.prefixes.places[v.key] for name, v in self.versions.items()}

@@ -31,6 +31,8 @@ class Desk:
             self.world.residency,
             self.world.allocator,
             max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
         )
 
     def request(

@@ -41,7 +41,10 @@ def random_event(world: World, rng: Random) -> None:
         most = world.allocator.num_pages * world.allocator.page_size // 2
         prefix = rng.choice([None, *world.versions])
         prompt, new = rng.randint(1, max(1, most // 4)), rng.randint(1, 30)
-        world.arrive(prompt, new, prefix, priority=rng.choice([0, 0, 0, 1, -1]))
+        beams = rng.choice([1, 1, 2, 3])
+        if beams > 1:
+            prompt, new = min(prompt, 6), min(new, 12)  # or few would fit
+        world.arrive(prompt, new, prefix, priority=rng.choice([0, 0, 0, 1, -1]), beams=beams)
     elif draw < 0.55 and world.sequences:
         world.abort(rng.choice(sorted(world.sequences)))
     elif world.versions:
@@ -70,9 +73,11 @@ def test_long_traces_agree_with_the_oracle_and_nothing_starves(seed: int) -> Non
 
 
 def test_the_traces_are_not_trivial() -> None:
-    worlds = [run_trace(seed) for seed in range(20)]
+    worlds = [run_trace(seed) for seed in range(60)]
     assert sum(world.scheduler.num_preemptions for world in worlds) > 30
     assert sum(world.num_arrived for world in worlds) > 400
+    assert sum(world.num_forks for world in worlds) > 100
+    assert sum(world.num_forks_again for world in worlds) > 4
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -108,10 +113,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         new=st.integers(1, 8),
         prefix=st.integers(0, 3),
         priority=st.integers(-1, 1),
+        beams=st.sampled_from([1, 1, 2, 3]),
     )
-    def arrive(self, prompt: int, new: int, prefix: int, priority: int) -> None:
+    def arrive(self, prompt: int, new: int, prefix: int, priority: int, beams: int) -> None:
         names = [None, *self.world.versions]
-        self.world.arrive(prompt, new, names[prefix % len(names)], priority=priority)
+        name = names[prefix % len(names)]
+        self.world.arrive(prompt, new, name, priority=priority, beams=beams)
 
     @precondition(lambda self: self.world.sequences)
     @rule(pick=st.integers(0, 9))
@@ -209,6 +216,28 @@ def test_who_lacks_pages_holds_back_those_behind() -> None:
     assert small is not None
     assert [id_ for id_, _ in world.step()] == ["r0001"]
     assert {large.status, small.status} == {Status.WAITING}, "the small one would fit"
+    world.drain()
+
+
+def test_hypotheses_that_compute_anew_are_not_starved_by_later_decodes() -> None:
+    """Four take four tokens of a step's six. Three decode, and there are always more to come."""
+    world = World(num_pages=400, max_num_seqs=12, max_num_batched_tokens=6)
+    search = world.arrive(4, new=60, beams=4)
+    assert search is not None
+    group = search.beam_group
+    assert group is not None
+    while len({tuple(output[-3:-2]) for output in group.outputs}) < 2:
+        world.step()  # until they differ in their last three: as many to compute anew for each
+    for _ in range(4):
+        world.arrive(1, new=30)
+        world.step()
+    world.scheduler._preempt(search)
+    world.oracle.item(search.request_id).stop()
+    known = len(group.outputs[0])
+    for _ in range(100):
+        world.arrive(1, new=9)
+        world.step()
+    assert len(group.outputs[0]) > known
     world.drain()
 
 

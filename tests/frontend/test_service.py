@@ -26,10 +26,12 @@ from prefixd_server.frontend.flights import NoObserver
 from prefixd_server.frontend.service import Frontend
 from prefixd_server.frontend.text import TextCodec
 from prefixd_server.types import (
+    BeamParams,
     CompileOutput,
     EngineRequest,
     Finish,
     FinishReason,
+    Hypothesis,
     Output,
     SamplingParams,
     Token,
@@ -623,6 +625,53 @@ async def test_draw_returns_every_sequence(
     task = asyncio.ensure_future(frontend.draw(call(sampling=SAMPLED, n=1, best_of=2)))
     await finish_all(engine, codec, {0: (" a", -2.0), 1: (" b", -1.0)})
     assert [completion.text for completion in await task] == [" a", " b"]
+
+
+async def test_a_beam_search_gives_its_hypotheses_in_their_order(
+    frontend: Frontend, engine: HandEngine, codec: TextCodec, log: Log
+) -> None:
+    sampling = SamplingParams(max_new_tokens=9, beams=BeamParams(4, n=2))
+    task = asyncio.ensure_future(frontend.complete(call(sampling=sampling, n=2)))
+    request = await engine.request()
+    assert request.sampling == sampling
+    texts = {" a café": (FinishReason.EOS, -0.5), " a tea room": (FinishReason.LENGTH, -0.75)}
+    found = []
+    for text, (reason, score) in texts.items():
+        ids = codec.encode(text)[0] + [EOS] * (reason is FinishReason.EOS)
+        found.append(Hypothesis(tuple(Token(id_, -1.5) for id_ in ids), score, reason))
+    await engine.deliver(Output(request.request_id, started(request)))
+    assert not task.done()
+    finish = Finish(FinishReason.EOS, hypotheses=tuple(found))
+    await engine.deliver(Output(request.request_id, finish=finish))
+    completions = await task
+    assert [completion.text for completion in completions] == list(texts)
+    assert [(c.finish_reason, c.score) for c in completions] == list(texts.values())
+    assert [len(c.tokens) for c in completions] == [len(h.tokens) for h in found]
+    assert {(c.version, c.prefix_tokens, c.seed) for c in completions} == {(3, 20, None)}
+    total = sum(len(h.tokens) for h in found)
+    prompt = len(request.prompt_token_ids)
+    assert log.finishes == [(FinishReason.EOS, prompt, total, "acme", "e2e")]
+    assert log.first_tokens == 1
+    assert engine.aborted == []
+
+
+@pytest.mark.parametrize("ended", ["error", "cancelled"])
+async def test_a_beam_search_that_ends_early(
+    frontend: Frontend, engine: HandEngine, ended: str
+) -> None:
+    sampling = SamplingParams(beams=BeamParams(4))
+    task = asyncio.ensure_future(frontend.complete(call(sampling=sampling)))
+    request = await engine.request()
+    if ended == "error":
+        await engine.deliver(error_of(request, NotFound("no such version")))
+        with pytest.raises(NotFound):
+            await task
+    else:
+        task.cancel()
+        await asyncio.wait([task])
+        engine.look()
+        assert engine.aborted == [request.request_id]
+    assert frontend.num_inflight == 0
 
 
 async def test_one_failed_sequence_ends_them_all(frontend: Frontend, engine: HandEngine) -> None:

@@ -31,6 +31,7 @@ from prefixd_server.types import (
     EngineRequest,
     Finish,
     FinishReason,
+    Hypothesis,
     Output,
     PrefixState,
     Started,
@@ -123,6 +124,9 @@ class EchoEngine:
         return found.version, found.num_virtual_tokens
 
     def _step(self, request: EngineRequest) -> list[Output]:
+        if request.sampling.beams is not None:
+            del self.running[request.request_id]
+            return [Output(request.request_id, finish=_found(request))]
         done = self._emitted[request.request_id]
         if self.fail_with is not None and done >= self.fail_after:
             del self.running[request.request_id]
@@ -137,6 +141,18 @@ class EchoEngine:
             finish = Finish(FinishReason.LENGTH)
             del self.running[request.request_id]
         return [Output(request.request_id, tokens=(Token(token, -0.5, top),), finish=finish)]
+
+
+def _found(request: EngineRequest) -> Finish:
+    """Hypothesis i is the prompt's tokens from the i-th on."""
+    assert request.sampling.beams is not None
+    tokens = [Token(id_, -0.5) for id_ in request.prompt_token_ids]
+    stop = request.sampling.max_new_tokens
+    found = [
+        Hypothesis(tuple(tokens[i : i + stop]), -0.5 - i, FinishReason.LENGTH)
+        for i in range(request.sampling.beams.n)
+    ]
+    return Finish(FinishReason.LENGTH, hypotheses=tuple(found))
 
 
 def _compiled(tokens: int) -> CompileOutput:

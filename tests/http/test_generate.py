@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from prefixd_server.errors import DeadlineExceeded, Unavailable
+from prefixd_server.types import BeamParams, SamplingParams
 from tests.http.harness import Stack, wait_until
 
 PROMPT = "the quick brown fox"
@@ -35,6 +36,7 @@ def test_plain_answer(client: httpx.Client, task: str) -> None:
     prompt_tokens = answer.json()["usage"]["prompt_tokens"]
     rest = {key: value for key, value in answer.json().items() if key != "generated_text"}
     assert rest == {
+        "score": None,
         "details": None,
         "sequences": None,
         "task": task,
@@ -79,6 +81,48 @@ def test_several_sequences(client: httpx.Client, task: str, server: Stack) -> No
     assert answer.json()["sequences"][0]["generated_text"] == answer.json()["generated_text"]
     assert answer.json()["usage"]["completion_tokens"] == 6
     assert sorted(r.sampling.seed for r in server.engine.requests[-3:]) == [5, 6, 7]
+
+
+def test_beam_search(client: httpx.Client, task: str, server: Stack) -> None:
+    options = {"num_beams": 4, "n": 2, "length_penalty": 0.8, "early_stopping": "never"}
+    answer = generate(client, task, max_new_tokens=3, details=True, **options)
+    assert answer.status_code == 200, answer.text
+    first, second = answer.json()["sequences"]
+    assert {key: answer.json()[key] for key in first} == first
+    assert (first["score"], second["score"]) == (-0.5, -1.5)
+    assert PROMPT.startswith(first["generated_text"])
+    assert second["generated_text"] in PROMPT
+    assert second["generated_text"] != first["generated_text"]
+    assert first["details"]["finish_reason"] == "length"
+    assert len(first["details"]["tokens"]) == 3
+    assert first["details"]["seed"] is None
+    assert answer.json()["usage"]["completion_tokens"] == 6
+    assert server.engine.requests[-1].sampling.beams == BeamParams(4, 2, 0.8, "never")
+
+
+def test_one_hypothesis_is_the_answer(client: httpx.Client, task: str, server: Stack) -> None:
+    answer = generate(client, task, num_beams=2, max_new_tokens=3).json()
+    assert (answer["score"], answer["sequences"]) == (-0.5, None)
+    assert server.engine.requests[-1].sampling.beams == BeamParams(2)
+    assert generate(client, task, num_beams=1, max_new_tokens=3).json()["score"] is None
+    assert server.engine.requests[-1].sampling.beams is None
+
+
+def test_searching_turns_stored_drawing_off_and_the_other_way_round(
+    client: httpx.Client, task: str, server: Stack
+) -> None:
+    url = f"/v1/tasks/{task}"
+    drawing = {"parameters": {"temperature": 0.3, "top_p": 0.5, "max_new_tokens": 2}}
+    assert client.patch(url, json={"defaults": drawing}).status_code == 200
+    assert generate(client, task, num_beams=2).status_code == 200
+    assert server.engine.requests[-1].sampling == SamplingParams(2, beams=BeamParams(2))
+    searching = {"parameters": {"num_beams": 3, "length_penalty": 2.0, "max_new_tokens": 2}}
+    assert client.patch(url, json={"defaults": searching}).status_code == 200
+    for own in ({"num_beams": 1}, {"do_sample": True}, {"temperature": 0.5}):
+        assert generate(client, task, **own).status_code == 200
+        assert server.engine.requests[-1].sampling.beams is None
+    assert generate(client, task).json()["score"] == -0.5
+    assert server.engine.requests[-1].sampling.beams == BeamParams(3, 1, 2.0)
 
 
 def test_return_full_text(client: httpx.Client, task: str) -> None:

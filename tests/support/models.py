@@ -132,6 +132,29 @@ class Reference:
         ]
         return tokens, logprobs
 
+    @torch.inference_mode()
+    def search(
+        self, prefix: Path | None, prompt: list[int], *, eos_token_id: list[int], **options: Any
+    ) -> list[tuple[list[int], float]]:
+        """Beam search: (tokens, score) of each hypothesis returned, best first."""
+        model = self._base if prefix is None else self._with_prefix(prefix)
+        ids = torch.tensor([prompt])
+        # No end of sequence is padding, so what follows one can be told from it.
+        pad = next(token for token in range(1000) if token not in eos_token_id)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad,
+            **options,
+        )
+        rows = output.sequences[:, len(prompt) :].tolist()
+        tokens = [_until(row, eos_token_id) for row in rows]
+        return list(zip(tokens, output.sequences_scores.tolist(), strict=True))
+
     def _with_prefix(self, prefix: Path) -> PeftModel:
         # One PeftModel holds many adapters of one kind, and of one kind only.
         kind = json.loads((prefix / "adapter_config.json").read_text())["peft_type"]
@@ -147,3 +170,9 @@ class Reference:
                 ).eval()
         self._peft[kind].set_adapter(names[prefix])
         return self._peft[kind]
+
+
+def _until(tokens: list[int], ends: list[int]) -> list[int]:
+    """Up to the first of ``ends``, with it."""
+    stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]

@@ -32,13 +32,19 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt, or - to read stdin.")],
     stream: Annotated[
         bool | None,
-        typer.Option("--stream/--no-stream", help="Print as it comes; default unless --json."),
+        typer.Option(
+            "--stream/--no-stream",
+            help="Print as it comes; default unless --json or --num-beams.",
+        ),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample; greedy without.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest mass.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(help="Search with so many beams; not streamed.")
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text. Repeatable.")
     ] = None,
@@ -63,13 +69,15 @@ def generate(
         "top_p": top_p,
         "top_k": top_k,
         "seed": seed,
+        "num_beams": num_beams,
         "stop": stop or None,
         "details": details or None,
     }
     # The server checks names and values, so that an older client can use a newer parameter.
     parameters = cast(Parameters, named | _extra_parameters(param or []))
     text = read_text("-") if prompt == "-" else prompt
-    streamed = not as_json if stream is None else stream
+    searches = (parameters.get("num_beams") or 1) > 1
+    streamed = not as_json and not searches if stream is None else stream
     with connect(url, api_key) as client:
         if streamed:
             _print_stream(client, name, text, parameters, as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from prefixd_server.engine.beam_group import most_pages
 from prefixd_server.engine.sequence import Sequence
 from prefixd_server.errors import InvalidRequest, PromptTooLong
 from prefixd_server.kv.allocator import PageAllocator, pages_for
@@ -25,6 +26,8 @@ class Admission:
         *,
         max_model_len: int,
         decoder_rules: DecoderRules | None = None,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
     ) -> None:
         """``decoder_rules``: of an encoder-decoder, whose encoder then gets the prompts."""
         self.registry = registry
@@ -32,6 +35,8 @@ class Admission:
         self.allocator = allocator
         self.max_model_len = max_model_len
         self.decoder_rules = decoder_rules
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
 
     def admit(self, request: EngineRequest) -> Sequence:
         """Resolve and pin. Raises NotFound, PromptTooLong, InvalidRequest, with nothing pinned."""
@@ -87,7 +92,9 @@ class Admission:
         prefix: PrefixVersion | None,
         num_encoder_tokens: int = 0,
     ) -> None:
-        new = request.sampling.max_new_tokens
+        new, beams = request.sampling.max_new_tokens, request.sampling.beams
+        num_beams = beams.num_beams if beams else 1
+        self._check_width(num_beams)
         offset = prefix.decoder_offset if prefix else 0
         if offset + len(prompt) + new > self.max_model_len:
             raise PromptTooLong(
@@ -97,14 +104,28 @@ class Admission:
             )
         size = self.allocator.page_size
         prefix_pages = num_prefix_pages(prefix, size) if prefix else 0
-        own_pages = pages_for(num_encoder_tokens, size) + pages_for(len(prompt) + new, size)
-        needed = prefix_pages + own_pages
+        # At worst the beams have no more than the prompt in common.
+        own_pages = most_pages(len(prompt), len(prompt) + new, num_beams, size)
+        needed = prefix_pages + pages_for(num_encoder_tokens, size) + own_pages
         if needed > self.allocator.num_pages:
             raise InvalidRequest(
                 f"the request needs {needed} pages of KV memory; the server has"
                 f" {self.allocator.num_pages}",
                 param="parameters.max_new_tokens",
             )
+
+    def _check_width(self, num_beams: int) -> None:
+        """All beams run in one step."""
+        limits = {
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+        }
+        for name, limit in limits.items():
+            if num_beams > limit:
+                raise InvalidRequest(
+                    f"num_beams is {num_beams}; the server's {name} is {limit}",
+                    param="parameters.num_beams",
+                )
 
 
 def _check_meaningful(request: EngineRequest) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Sequence as Seq
 import torch
 
 from prefixd_server.engine.admission import Admission
+from prefixd_server.engine.beam_decoder import BeamDecoder, NoDistribution
 from prefixd_server.engine.mailbox import Abort, Mailbox, Submit
 from prefixd_server.engine.runner import ModelRunner, StepLogits
 from prefixd_server.engine.sampling import Sampler, prompt_logprobs
-from prefixd_server.engine.scheduler import Scheduled, Scheduler
+from prefixd_server.engine.scheduler import Scheduled, Scheduler, Step
 from prefixd_server.engine.sequence import Sequence
 from prefixd_server.errors import DeadlineExceeded, PrefixdError, Unavailable
 from prefixd_server.prefix.residency import Residency
@@ -60,6 +61,7 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.sampler = sampler
+        self.beam_decoder = BeamDecoder(scheduler.allocator, eos_token_ids)
         self.eos_token_ids = eos_token_ids
         self.clock = clock
         self._sequences: dict[str, Sequence] = {}
@@ -88,7 +90,7 @@ class Engine:
         for sequence, error in step.failed:
             self._finish(sequence, Finish(FinishReason.ERROR, error))
         if step.scheduled:
-            self._run(step.scheduled)
+            self._run(step)
         self._deliver()
         return bool(step.scheduled)
 
@@ -139,6 +141,8 @@ class Engine:
             finish = Finish(FinishReason.ERROR, error)
             self._outputs.append(Output(request.request_id, finish=finish))
             return
+        if request.sampling.beams is not None:
+            self.beam_decoder.begin(sequence)
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
 
@@ -161,20 +165,49 @@ class Engine:
 
     # --- run, sample, commit ---------------------------------------------------------------------
 
-    def _run(self, step: Seq[Scheduled]) -> None:
+    def _run(self, step: Step) -> None:
         try:
-            logits = self.runner.run(step)
-            tokens = self.sampler.sample(logits.next_token, logits.sequences)
+            if step.copies:
+                self.runner.copy_pages(step.copies)
+            logits = self.runner.run(step.scheduled)
+            tokens = self._sample(logits)
             self._note_prompt_logprobs(logits)
-            for sequence, count in step:
+            for sequence, count in step.scheduled:
                 sequence.num_computed += count
-            self._commit(step, dict(zip(logits.sequences, tokens, strict=True)))
+            self._commit(step.scheduled, tokens)
+            self._search(logits)
         except Exception:
             # One broken step must not end the server: its requests fail, the others go on.
-            log.exception("a step of %d sequences failed", len(step))
-            for sequence, _ in step:
+            log.exception("a step of %d sequences failed", len(step.scheduled))
+            for sequence, _ in step.scheduled:
                 error = StepFailed("the model failed to run this request's step")
                 self._finish(sequence, Finish(FinishReason.ERROR, error))
+
+    def _sample(self, logits: StepLogits) -> dict[Sequence, Token | None]:
+        """The next token of each sequence that draws one, alone."""
+        drawing = [i for i, s in enumerate(logits.sequences) if s.params.beams is None]
+        rows, sequences = logits.next_token, logits.sequences
+        if len(drawing) < len(sequences):
+            rows, sequences = rows[drawing], [sequences[i] for i in drawing]
+        return dict(zip(sequences, self.sampler.sample(rows, sequences), strict=True))
+
+    def _search(self, logits: StepLogits) -> None:
+        """One step of each beam search; the rows of its hypotheses are in their order."""
+        rows: dict[str, list[int]] = {}
+        for i, sequence in enumerate(logits.sequences):
+            if sequence.params.beams is not None:
+                rows.setdefault(sequence.request_id, []).append(i)
+        for request_id, mine in rows.items():
+            sequence = self._sequences[request_id]
+            try:
+                finish = self.beam_decoder.advance(sequence, logits.next_token[mine])
+            except NoDistribution:
+                self._finish(sequence, Finish(FinishReason.ERROR, _no_logits()))
+                continue
+            if finish is not None:
+                self._finish(sequence, finish)
+            elif not sequence.started:
+                self._emit(sequence, ())
 
     def _note_prompt_logprobs(self, logits: StepLogits) -> None:
         for sequence, rows, targets in logits.prompt:
@@ -191,8 +224,7 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: Token | None) -> None:
         if token is None:
-            error = StepFailed("the model returned no finite logits for this request")
-            self._finish(sequence, Finish(FinishReason.ERROR, error))
+            self._finish(sequence, Finish(FinishReason.ERROR, _no_logits()))
             return
         sequence.output_token_ids.append(token.id)
         reason = self._finish_reason(sequence, token.id)
@@ -227,7 +259,8 @@ class Engine:
         self, sequence: Sequence, tokens: tuple[Token, ...], finish: Finish | None = None
     ) -> None:
         started = None
-        if not sequence.started and (tokens or (finish and finish.compiled)):
+        well = finish is None or bool(finish.compiled or finish.hypotheses)
+        if not sequence.started and (tokens or well):
             sequence.started = True
             started = Started(
                 version=sequence.prefix.version if sequence.prefix else None,
@@ -238,9 +271,14 @@ class Engine:
         self._outputs.append(Output(sequence.request_id, started, tokens, finish))
 
     def _finish(self, sequence: Sequence, finish: Finish, tokens: tuple[Token, ...] = ()) -> None:
-        """The one way out: say so once, and give back everything."""
-        if self._sequences.pop(sequence.request_id, None) is None:
+        """The one way out: say so once, and give back everything.
+
+        A hypothesis stands for its request, so the step that breaks may name any of them.
+        """
+        known = self._sequences.pop(sequence.request_id, None)
+        if known is None:
             return
+        sequence = known
         # Said first: should giving back fail, the request has its answer all the same.
         self._emit(sequence, tokens, finish)
         self.scheduler.release(sequence)
@@ -251,3 +289,7 @@ class Engine:
         if self._outputs:
             outputs, self._outputs = self._outputs, []
             self.mailbox.deliver(outputs)
+
+
+def _no_logits() -> StepFailed:
+    return StepFailed("the model returned no finite logits for this request")

@@ -50,6 +50,11 @@ class ModelRunner:
         return logits
 
     @torch.inference_mode()
+    def copy_pages(self, copies: Seq[tuple[int, int]]) -> None:
+        """Before ``run``: give sequences that part ways their own copy of a page, (from, to)."""
+        self.backend.pool.copy_pages(copies)
+
+    @torch.inference_mode()
     def read_kv(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
         """A sequence's own keys and values on the host, each [L, H_kv, num_computed, D]."""
         return self.backend.pool.read(sequence.pages, sequence.num_computed)

@@ -10,6 +10,9 @@ admitted in a step may be longer than the budget, or a long text would never run
 
 When a decode needs a page and none is free, idle prefixes are evicted; then the running sequence
 that is last in order is preempted: it waits again, and its tokens are computed anew.
+
+A beam search is one sequence here until its prompt has run, then k in lockstep (``beam_group``):
+all of them in a step or none, admitted and preempted together. It takes k seats from the start.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import NamedTuple, Protocol
 from prefixd_server.engine.sequence import Sequence, Status
 from prefixd_server.errors import PrefixdError
 from prefixd_server.kv.allocator import PageAllocator, pages_for
+from prefixd_server.kv.tables import Copy, make_writable, pages_to_write
 from prefixd_server.prefix.entry import Blocked, Lease
 from prefixd_server.types import PrefixKey
 
@@ -49,6 +53,8 @@ class Step(NamedTuple):
     scheduled: list[Scheduled]
     failed: list[tuple[Sequence, PrefixdError]]
     """waiting sequences whose prefix cannot be had; the engine ends them"""
+    copies: list[Copy]
+    """pages whose contents must be copied before the step runs"""
 
 
 class Scheduler:
@@ -68,6 +74,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # kept in order
         self.num_preemptions = 0
         self._preempted = False
+        self._copies: list[Copy] = []
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_order)
@@ -78,7 +85,8 @@ class Scheduler:
         if not self._preempted:
             # After a preemption there is no room for more.
             self._admit_waiting(scheduled, budget, failed)
-        return Step(scheduled, failed)
+        copies, self._copies = self._copies, []
+        return Step(scheduled, failed, copies)
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence out and give back what it holds. Idempotent; the only way out."""
@@ -97,18 +105,27 @@ class Scheduler:
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
             assert queue == sorted(queue, key=_order)
             assert all(sequence.status is status for sequence in queue)
-        assert len(self.running) <= self.max_num_seqs
+        assert self._num_seats <= self.max_num_seqs
         for sequence in self.waiting:
+            assert list(sequence.branches) == [sequence]
             assert not any(_held(sequence))
             assert sequence.lease is None
             assert sequence.num_computed == 0
         for sequence in self.running:
-            assert 0 <= sequence.num_computed < sequence.num_tokens
-            held = len(sequence.pages) * self.allocator.page_size
-            assert held >= sequence.num_computed
             held = len(sequence.cross_pages) * self.allocator.page_size
             assert held >= len(sequence.encoder_token_ids)
             assert (sequence.lease is None) == (sequence.prefix is None)
+            assert len(sequence.branches) in (1, sequence.num_seats)
+            assert len({(b.num_computed, b.num_tokens) for b in sequence.branches}) == 1
+            for branch in sequence.branches:
+                assert branch.lease is sequence.lease
+                assert 0 <= branch.num_computed < branch.num_tokens
+                held = len(branch.pages) * self.allocator.page_size
+                assert held >= branch.num_computed
+
+    @property
+    def _num_seats(self) -> int:
+        return sum(sequence.num_seats for sequence in self.running)
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -116,35 +133,47 @@ class Scheduler:
         self._preempted = False
         budget = self.max_num_batched_tokens
         scheduled: list[Scheduled] = []
-        decodes = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
-        prefills = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        passed_over = False
+        decodes = [s for s in self.running if s.branches[0].num_uncomputed == 1]
+        prefills = [s for s in self.running if s.branches[0].num_uncomputed > 1]
         for sequence in decodes + prefills:
             if budget == 0:
                 break
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for one before it
-            num_tokens = min(sequence.num_uncomputed, budget)
-            if not self._grow(sequence, sequence.num_computed + num_tokens):
+            branches = sequence.branches
+            num_tokens = min(branches[0].num_uncomputed, budget // len(branches))
+            if num_tokens == 0:
+                passed_over = True
                 continue
-            scheduled.append(Scheduled(sequence, num_tokens))
-            budget -= num_tokens
-        return scheduled, budget
+            if not self._grow(sequence, num_tokens):
+                continue
+            scheduled += [Scheduled(branch, num_tokens) for branch in branches]
+            budget -= num_tokens * len(branches)
+        # Beams that the step had no room for would wait for ever if others kept arriving.
+        return scheduled, 0 if passed_over else budget
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give the sequence pages for ``num_tokens``, preempting from the end of the order.
+        """Give it pages to write ``num_tokens`` more in, preempting from the end of the order.
 
         Only decodes lack pages (admission reserved a prefill's) and they grow in order, so no
         victim is in this step already.
         """
-        missing = pages_for(num_tokens, self.allocator.page_size) - len(sequence.pages)
-        if missing <= 0:
-            return True
-        while (pages := self._allocate(missing, force=len(self.running) == 1)) is None:
+        tables = [branch.pages for branch in sequence.branches]
+        start = sequence.branches[0].num_computed
+        stop = start + num_tokens
+        pages = sequence.beam_group.reserve if sequence.beam_group else []
+        missing = pages_to_write(self.allocator, tables, start, stop) - len(pages)
+        while missing > 0:
+            new = self._allocate(missing, force=len(self.running) == 1)
+            if new is not None:
+                pages += new
+                break
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.pages += pages
+        self._copies += make_writable(self.allocator, tables, start, stop, pages)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -166,7 +195,7 @@ class Scheduler:
     ) -> None:
         admitted: list[Sequence] = []
         for sequence in self.waiting:
-            if budget == 0 or len(self.running) >= self.max_num_seqs:
+            if budget == 0 or self._num_seats + sequence.num_seats > self.max_num_seqs:
                 break
             if admitted and budget <= sequence.num_unencoded:
                 break
@@ -197,17 +226,21 @@ class Scheduler:
             if isinstance(outcome, Blocked):
                 return outcome
             lease = outcome
-        cross = pages_for(len(sequence.encoder_token_ids), self.allocator.page_size)
-        needed = cross + pages_for(sequence.num_tokens, self.allocator.page_size)
+        size, group = self.allocator.page_size, sequence.beam_group
+        cross = pages_for(len(sequence.encoder_token_ids), size)
+        own = pages_for(sequence.num_tokens, size)
+        needed = cross + (group.pages_known(size) if group else own)
         # One spare page for each running sequence's next growth, or admitting this one would soon
         # preempt it again.
-        pages = self._allocate(needed, spare=len(self.running), force=not self.running)
+        pages = self._allocate(needed, spare=self._num_seats, force=not self.running)
         if pages is None:
             if lease is not None:
                 lease.release()
             return Blocked.NO_PAGES
-        sequence.cross_pages, sequence.pages = pages[:cross], pages[cross:]
-        sequence.lease = lease
+        sequence.cross_pages, pages = pages[:cross], pages[cross:]
+        sequence.pages, sequence.lease = pages[:own], lease
+        if group:
+            group.reserve = pages[own:]
         return None
 
     # --- pages -----------------------------------------------------------------------------------
@@ -219,7 +252,9 @@ class Scheduler:
         return self.allocator.allocate(count)
 
     def _give_back(self, sequence: Sequence) -> None:
-        for pages in _held(sequence):
+        if sequence.beam_group:
+            sequence.beam_group.collapse(self.allocator)
+        for pages in (sequence.pages, sequence.cross_pages):
             self.allocator.release(pages)
         sequence.pages, sequence.cross_pages = [], []
         if sequence.lease is not None:
@@ -227,8 +262,11 @@ class Scheduler:
             sequence.lease = None
 
 
-def _held(sequence: Sequence) -> tuple[list[int], list[int]]:
-    return sequence.pages, sequence.cross_pages
+def _held(sequence: Sequence) -> list[list[int]]:
+    """All page lists of a sequence and the hypotheses that it has forked into."""
+    group = sequence.beam_group
+    own = [branch.pages for branch in sequence.branches]
+    return [*own, sequence.cross_pages, *([group.reserve] if group else [])]
 
 
 def _order(sequence: Sequence) -> tuple[int, float, str]:

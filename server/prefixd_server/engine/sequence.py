@@ -13,9 +13,14 @@ Preemption gives back lease and pages, and the tokens are computed again later.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 from prefixd_server.prefix.entry import Lease
 from prefixd_server.types import EngineRequest, PrefixVersion, SamplingParams
+
+if TYPE_CHECKING:
+    from prefixd_server.engine.beam_group import BeamGroup
 
 __all__ = ["Sequence", "Status"]
 
@@ -56,6 +61,8 @@ class Sequence:
         self.pages: list[int] = []
         self.cross_pages: list[int] = []
         self.lease: Lease | None = None
+        self.beam_group: BeamGroup | None = None
+        """of a beam search: the hypotheses, which run in this one's place once its prompt has"""
 
     @property
     def request_id(self) -> str:
@@ -77,6 +84,16 @@ class Sequence:
     def num_unencoded(self) -> int:
         """Tokens of the encoder that run with the next step: all in the first, then none."""
         return 0 if self.num_computed else len(self.encoder_token_ids)
+
+    @property
+    def branches(self) -> Seq[Sequence]:
+        """What runs in a step, in lockstep: itself, or the hypotheses that it has forked into."""
+        return (self.beam_group and self.beam_group.beams) or (self,)
+
+    @property
+    def num_seats(self) -> int:
+        """How many of the ``max_num_seqs`` it takes, from its prefill on."""
+        return self.beam_group.num_beams if self.beam_group else 1
 
     @property
     def prefix_len(self) -> int:

@@ -23,6 +23,7 @@ class Call:
     stop: tuple[str, ...] = ()
     n: int = 1
     best_of: int = 1
+    """requests drawn; a beam search is one, and gives ``n`` completions"""
     truncate: int | None = None
     chat: bool = False
     """``prompt`` is one user message, to be put through the model's own chat template"""
@@ -55,6 +56,8 @@ class Completion:
     version: int | None
     prompt_tokens: int
     prefix_tokens: int
+    score: float | None = None
+    """of a beam search's hypothesis"""
 
     @property
     def cumulative_logprob(self) -> float:

@@ -170,7 +170,7 @@ class Flights:
 
     def _receive(self, flight: _Flight, output: Output, now: float) -> bool:
         """Returns whether the request is over."""
-        self._observe_tokens(flight, len(output.tokens), now)
+        self._observe_tokens(flight, _num_tokens(output), now)
         try:
             reason = flight.receiver.receive(output)
         except Exception:
@@ -232,3 +232,9 @@ class Flights:
             self._observer.inter_token((now - flight.last_token_at) / count)
         flight.num_tokens += count
         flight.last_token_at = now
+
+
+def _num_tokens(output: Output) -> int:
+    """A beam search has its tokens in its end."""
+    hypotheses = output.finish.hypotheses if output.finish else ()
+    return len(output.tokens) + sum(len(hypothesis.tokens) for hypothesis in hypotheses)

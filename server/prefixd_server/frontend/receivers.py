@@ -5,15 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from prefixd_server.errors import PrefixdError
 from prefixd_server.frontend.calls import Chunk, Completion
 from prefixd_server.frontend.sequence import SequenceText
-from prefixd_server.types import CompileOutput, FinishReason, Output
+from prefixd_server.types import (
+    CompileOutput,
+    Finish,
+    FinishReason,
+    Hypothesis,
+    Output,
+    Started,
+)
 
-__all__ = ["Compiled", "Stream", "Whole"]
+__all__ = ["Compiled", "Found", "Stream", "Whole"]
 
 
 class Stream:
@@ -105,6 +113,39 @@ class Whole:
     def fail(self, error: PrefixdError) -> None:
         if not self._future.done():
             self._future.set_exception(error)
+
+
+class Found:
+    """The hypotheses of a beam search, each a completion; all come at its end.
+
+    ``new_text`` gives each hypothesis a text of its own.
+    """
+
+    def __init__(
+        self, new_text: Callable[[], SequenceText], future: asyncio.Future[list[Completion]]
+    ) -> None:
+        self._new_text = new_text
+        self._future = future
+        self._started: Started | None = None
+
+    def receive(self, output: Output) -> FinishReason | None:
+        self._started = output.started or self._started
+        if output.finish is None or not output.finish.hypotheses:
+            return None
+        if not self._future.done():
+            found = [self._completion(output.request_id, h) for h in output.finish.hypotheses]
+            self._future.set_result(found)
+        return output.finish.reason
+
+    def fail(self, error: PrefixdError) -> None:
+        if not self._future.done():
+            self._future.set_exception(error)
+
+    def _completion(self, request_id: str, found: Hypothesis) -> Completion:
+        text = self._new_text()
+        text.feed(Output(request_id, self._started, found.tokens, Finish(found.reason)))
+        assert text.completion is not None
+        return replace(text.completion, score=found.score)
 
 
 class Compiled:

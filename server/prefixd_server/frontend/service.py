@@ -15,7 +15,7 @@ from prefixd_server.engine.mailbox import Mailbox
 from prefixd_server.errors import Draining, InvalidRequest, PrefixdError, PromptTooLong
 from prefixd_server.frontend.calls import Call, Completion
 from prefixd_server.frontend.flights import Flights, NoObserver, Observer
-from prefixd_server.frontend.receivers import Compiled, Stream, Whole
+from prefixd_server.frontend.receivers import Compiled, Found, Stream, Whole
 from prefixd_server.frontend.sequence import SequenceText
 from prefixd_server.frontend.text import TextCodec
 from prefixd_server.types import CompileOutput, EngineRequest, SamplingParams
@@ -90,10 +90,13 @@ class Frontend:
     async def draw(self, call: Call) -> list[Completion]:
         """All ``best_of`` sequences, in order of their seeds. The first error ends them all.
 
-        Raises what ``open`` raises, and whatever the engine ended a sequence with.
+        Of a beam search: the ``n`` best hypotheses, best first. Raises what ``open`` raises, and
+        whatever the engine ended a sequence with.
         """
         requests = await self._requests(call)
         loop = asyncio.get_running_loop()
+        if call.sampling.beams is not None:
+            return await self._search(call, *requests)
         futures: list[asyncio.Future[Completion]] = [loop.create_future() for _ in requests]
         receivers = [
             Whole(self._text(call, request), future)
@@ -104,6 +107,14 @@ class Frontend:
             return await asyncio.gather(*futures)
         finally:
             self._flights.abort(request.request_id for request in requests)
+
+    async def _search(self, call: Call, request: EngineRequest) -> list[Completion]:
+        future: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
+        self._flights.submit([request], [Found(partial(self._text, call, request), future)])
+        try:
+            return await future
+        finally:
+            self._flights.abort([request.request_id])
 
     async def compile(
         self, tenant: str, text: str, *, timeout_s: float

@@ -59,6 +59,7 @@ class DetailsAnswer(BaseModel):
 
 class SequenceAnswer(BaseModel):
     generated_text: str
+    score: float | None = Field(description="of a beam search's hypothesis; else null")
     details: DetailsAnswer | None
 
 

@@ -15,7 +15,12 @@ from prefixd_server.frontend.service import Stream, best
 from prefixd_server.http.answers import GenerateAnswer, errors
 from prefixd_server.http.auth import Tenant
 from prefixd_server.http.disconnect import unless_disconnected
-from prefixd_server.http.parameters import check_parameters, merge_defaults, sampling_params
+from prefixd_server.http.parameters import (
+    check_parameters,
+    is_search,
+    merge_defaults,
+    sampling_params,
+)
 from prefixd_server.http.paths import BASE_TASK, TaskReference
 from prefixd_server.http.rendering import Rendering
 from prefixd_server.http.route import router
@@ -88,7 +93,7 @@ async def _prepare(
         sampling=sampling_params(parameters),
         stop=tuple(parameters.stop or ()),
         n=n,
-        best_of=parameters.best_of or n,
+        best_of=1 if is_search(parameters) else parameters.best_of or n,
         truncate=parameters.truncate,
         chat=bool(record and record.defaults.get("chat_template")),
         timeout_s=min(parameters.timeout_s or limit, limit),

@@ -58,7 +58,11 @@ class Rendering(NamedTuple):
 
     def _sequence(self, completion: Completion) -> dict[str, Any]:
         details = self._details(completion) if self.parameters.details else None
-        return {"generated_text": self._text(completion), "details": details}
+        return {
+            "generated_text": self._text(completion),
+            "score": completion.score,
+            "details": details,
+        }
 
     def _details(self, completion: Completion) -> dict[str, Any]:
         tops = [_tokens(token.top) for token in completion.tokens]

@@ -31,6 +31,16 @@ _NULL: JsonDict = {"type": "null"}
 NotImplementedYet = Annotated[None, Field(description="not implemented: refused unless null")]
 
 
+def _no_number(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("Input should be true, false or 'never'")  # to Python 1 is true
+    return value
+
+
+# One Literal and not a union, whose errors would name a branch behind the field.
+EarlyStopping = Annotated[Literal[True, False, "never"], BeforeValidator(_no_number)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -70,6 +80,13 @@ class Parameters(_Body):
     ignore_eos: bool | None = _opt("go on past the end of sequence")
     n: int | None = _opt("sequences to return", ge=1, le=16)
     best_of: int | None = _opt("sequences to draw; default n", ge=1, le=16)
+    num_beams: int | None = _opt("search with so many beams; 1: off", ge=1, le=16)
+    length_penalty: float | None = _opt(
+        "score = log-probability / length ** this; default 1", ge=-10, le=10
+    )
+    early_stopping: EarlyStopping | None = _opt(
+        "end a search at num_beams finished hypotheses; default false"
+    )
     return_full_text: bool | None = _opt("put the prompt in front of the text")
     truncate: int | None = _opt("keep only the last so many prompt tokens", ge=1, le=_MAX_INT)
     details: bool | None = _opt("tokens with ids and log-probabilities")
@@ -77,8 +94,6 @@ class Parameters(_Body):
     top_n_tokens: int | None = _opt("alternatives at each position", ge=0, le=20)
     timeout_s: float | None = _opt("504 after so long", gt=0, le=86400)
     priority: int | None = _opt("lower runs first", ge=-100, le=100)
-    num_beams: NotImplementedYet = None
-    length_penalty: NotImplementedYet = None
     grammar: NotImplementedYet = None
     # Clients of text-generation-inference send these whether they are used or not.
     adapter_id: NotImplementedYet = None

@@ -84,6 +84,16 @@ class KVPool:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages in all layers, each (from, to); no page is in both places."""
+        within = torch.arange(self.page_size)
+        source, target = (
+            (torch.tensor(pages)[:, None] * self.page_size + within).view(-1).to(self.device)
+            for pages in zip(*copies, strict=True)
+        )
+        for layer in (*self.keys, *self.values):
+            layer.index_copy_(0, target, layer.index_select(0, source))
+
     def read(self, pages: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
         """The stored keys and values of a page list on the host, each [L, H_kv, num_tokens, D]."""
         slots = torch.from_numpy(slots_of(pages, num_tokens, self.page_size)).to(self.device)
