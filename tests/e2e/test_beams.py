@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from prefixd import Client
 from prefixd_server.config import ModelConfig
 from prefixd_server.errors import InvalidRequest
 from prefixd_server.kv.allocator import pages_for
@@ -19,6 +21,7 @@ from prefixd_server.models.loader import LoadedModel, load_model
 from prefixd_server.types import BeamParams, FinishReason
 from tests.support.engine import EngineRun, request
 from tests.support.models import Reference, load_base, save_peft_prefix, tiny_model_folder
+from tests.support.server import LiveServer
 
 TOLERANCE = 1e-4
 LENGTHS = (1, 20, 130)
@@ -253,26 +256,30 @@ def test_beams_share_their_prompts_pages(world: World, tmp_path: Path, page_size
 
 
 def test_penalties_move_log_probabilities_as_in_transformers(world: World, tmp_path: Path) -> None:
-    """transformers hands log-probabilities, not logits, to its processors in a beam search."""
-    options: dict[str, Any] = {"repetition_penalty": 1.3, "min_new_tokens": 5}
-    search = world.searches[1]
-    assert search.task is not None
-    expected = world.reference.search(
-        world.prefixes[search.task],
-        search.prompt,
-        eos_token_id=[world.eos, *search.stop_token_ids],
-        max_new_tokens=search.max_new_tokens,
-        num_beams=search.beams.num_beams,
-        num_return_sequences=search.beams.n,
-        length_penalty=search.beams.length_penalty,
-        early_stopping=search.beams.early_stopping,
-        **options,
+    """transformers hands log-probabilities, not logits, to its processors in a beam search. The
+    bias makes three tokens come again and again, one of which is a stop token."""
+    prompt, stop, bias = [7, 50, 9, 51], 9, {7: 14.0, 8: 14.0, 9: 14.0}
+    given = {"max_new_tokens": 12, "num_beams": 4, "num_return_sequences": 4}
+    biased = {"sequence_bias": {(token,): value for token, value in bias.items()}, **given}
+    moved = {"repetition_penalty": 1.3, "min_new_tokens": 5, **biased}
+    plain, expected = (
+        world.reference.search(world.prefixes["p20"], prompt, eos_token_id=[world.eos, stop], **o)
+        for o in (biased, moved)
     )
-    assert expected != search.expected
+    assert [ids for ids, _ in plain] != [ids for ids, _ in expected]
+    assert all(len(ids) > 5 and set(ids) & set(bias) for ids, _ in expected)
     with start(world, tmp_path) as run:
-        submit(run, search, **options)
+        sampling = {
+            "max_new_tokens": 12,
+            "min_new_tokens": 5,
+            "repetition_penalty": 1.3,
+            "logit_bias": tuple(bias.items()),
+            "stop_token_ids": frozenset({stop}),
+            "beams": BeamParams(4, 4),
+        }
+        run.submit([request("r", "p20", prompt, **sampling)])
         run.run()
-        found = run.results[search.request_id].finish.hypotheses
+        found = run.results["r"].finish.hypotheses
     assert [[token.id for token in h.tokens] for h in found] == [ids for ids, _ in expected]
     assert [h.score for h in found] == pytest.approx([s for _, s in expected], abs=TOLERANCE)
 
@@ -294,3 +301,35 @@ def test_a_search_is_refused_where_it_can_never_fit(world: World, tmp_path: Path
         assert "needs 52 pages" in str(long_)
         assert "has 40" in str(long_)
         assert run.results["fits"].finish.hypotheses
+
+
+def test_over_http_it_is_the_text_of_the_hypotheses(tmp_path: Path) -> None:
+    """The whole way round: client, server, engine, against transformers on the same text."""
+    folder = tiny_model_folder("llama", tmp_path / "model")
+    prefix = save_peft_prefix(load_base(folder), tmp_path / "p", num_virtual_tokens=7, seed=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = "name : Blue Spice"
+    with LiveServer(folder, str(tmp_path / "store")) as server, Client(server.url) as client:
+        client.push("t", prefix)
+        options = {"max_new_tokens": 8, "num_beams": 4, "length_penalty": 0.8}
+        answer = client.generate("t", prompt, n=3, details=True, early_stopping=True, **options)
+        (eos,) = server.server.model.eos_token_ids
+    expected = Reference(folder).search(
+        prefix,
+        tokenizer(prompt)["input_ids"],
+        eos_token_id=[eos],
+        num_return_sequences=3,
+        early_stopping=True,
+        **options,
+    )
+    assert answer.sequences is not None
+    assert answer.score == answer.sequences[0].score
+    assert [
+        [token.id for token in sequence.details.tokens]
+        for sequence in answer.sequences
+        if sequence.details
+    ] == [ids for ids, _ in expected]
+    assert [sequence.score for sequence in answer.sequences] == pytest.approx(
+        [score for _, score in expected], abs=TOLERANCE
+    )
+    assert answer.generated_text == answer.sequences[0].generated_text != ""
