@@ -31,10 +31,17 @@ class Geometry:
     """position ids that the model can take; None: no limit"""
     encoder: SiteGeometry | None = None
     """None: a decoder-only model"""
+    encoder_starts_at_zero: bool = False
+    """the encoder's positions are absolute and begin at 0, whatever a prefix says"""
 
     @property
     def has_encoder(self) -> bool:
         return self.encoder is not None
+
+    @property
+    def num_kv_layers(self) -> int:
+        """How many layers of KV memory a token takes, whatever its site."""
+        return max(site.num_layers for site in self.sites.values())
 
     @property
     def decoder(self) -> SiteGeometry:
@@ -63,6 +70,12 @@ def check_fits(manifest: PrefixManifest, geometry: Geometry, fingerprint: str | 
                 f"model takes [L={wanted[0]}, H_kv={wanted[1]}, P, D={wanted[2]}]",
                 param=f"{site}.key",
             )
+    if geometry.encoder_starts_at_zero and "encoder" in manifest.sites and manifest.query_offset:
+        raise InvalidPrefix(
+            f"an encoder prefix with query offset {manifest.query_offset}: the positions of this"
+            " model's encoder begin at 0, so the offset must be 0",
+            param="query_offset",
+        )
     _check_room(manifest, geometry)
     if manifest.base_fingerprint is None or fingerprint is None:
         return False

@@ -23,6 +23,7 @@ __all__ = [
     "PrefixState",
     "PrefixVersion",
     "SamplingParams",
+    "SiteLengths",
     "Started",
     "Token",
 ]
@@ -33,6 +34,17 @@ class PrefixKey(NamedTuple):
 
     tenant: str
     sha256: str
+
+
+class SiteLengths(NamedTuple):
+    """Virtual tokens of a prefix by where they go; only an encoder-decoder has the last two."""
+
+    decoder: int = 0
+    encoder: int = 0
+    cross: int = 0
+
+
+_NOT_GIVEN = SiteLengths()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +59,25 @@ class PrefixVersion:
     query_offset: int
     starts_sequence: bool = False
     """the prefix was compiled from text and already holds the tokenizer's leading special tokens"""
+    sites: SiteLengths = _NOT_GIVEN
+    """none given: all ``num_virtual_tokens`` are the decoder's"""
+
+    def __post_init__(self) -> None:
+        if not any(self.sites):
+            object.__setattr__(self, "sites", SiteLengths(decoder=self.num_virtual_tokens))
 
     @property
     def key(self) -> PrefixKey:
         return PrefixKey(self.tenant, self.sha256)
+
+    @property
+    def decoder_offset(self) -> int:
+        """The position of the first prompt token; a stream without a prefix begins at 0."""
+        return self.query_offset if self.sites.decoder else 0
+
+    @property
+    def encoder_offset(self) -> int:
+        return self.query_offset if self.sites.encoder else 0
 
 
 class PrefixState(enum.StrEnum):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from prefixd_server.attention import create_backend
+from prefixd_server.attention import AttentionBackend, create_backend
 from prefixd_server.config import CacheConfig, Config
 from prefixd_server.engine.admission import Admission
 from prefixd_server.engine.engine import Engine
@@ -17,6 +17,7 @@ from prefixd_server.engine.mailbox import Mailbox
 from prefixd_server.engine.runner import ModelRunner
 from prefixd_server.engine.sampling import Sampler
 from prefixd_server.engine.scheduler import Scheduler
+from prefixd_server.engine.seq2seq_runner import Seq2SeqRunner
 from prefixd_server.engine.thread import EngineThread
 from prefixd_server.errors import Draining, PrefixdError, UnsupportedModel
 from prefixd_server.frontend.service import Frontend
@@ -85,6 +86,7 @@ class Server:
             TextCodec(self.model.tokenizer),
             max_model_len=self.model.max_model_len,
             vocab_size=self.model.vocab_size,
+            encoder_decoder=self.model.seq2seq is not None,
             observer=self.metrics,
         )
         self._spool = Spool()
@@ -127,6 +129,7 @@ class Server:
                 max_model_len=model.max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                decoder_rules=model.decoder_rules,
             ),
             self.residency,
             Scheduler(
@@ -135,7 +138,7 @@ class Server:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
             ),
-            ModelRunner(model.module, backend, model.device),
+            _make_runner(model, backend),
             Sampler(model.vocab_size, model.eos_token_ids, model.device),
             eos_token_ids=model.eos_token_ids,
         )
@@ -198,10 +201,16 @@ def _attention_backend(config: Config) -> str:
     return "sdpa" if config.model.attention == "auto" else config.model.attention
 
 
+def _make_runner(model: LoadedModel, backend: AttentionBackend) -> ModelRunner:
+    if model.seq2seq is not None:
+        return Seq2SeqRunner(model.seq2seq, backend, model.device)
+    return ModelRunner(model.module, backend, model.device)
+
+
 def _make_pool(model: LoadedModel, config: CacheConfig) -> KVPool:
     geometry = model.geometry
     page = KVPool.bytes_per_page(
-        geometry.num_layers,
+        geometry.num_kv_layers,
         geometry.num_kv_heads,
         geometry.head_dim,
         config.page_size,
@@ -213,7 +222,7 @@ def _make_pool(model: LoadedModel, config: CacheConfig) -> KVPool:
             f"kv_cache_bytes is {budget}; one page of {config.page_size} tokens takes {page}"
         )
     return KVPool(
-        num_layers=geometry.num_layers,
+        num_layers=geometry.num_kv_layers,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
         num_pages=budget // page,

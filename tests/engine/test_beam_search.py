@@ -32,7 +32,13 @@ def search(
         logprobs = logits.log_softmax(-1)
         scores = logprobs.clone()
         rows = [
-            SimpleNamespace(params=params, prompt_token_ids=PROMPT, output_token_ids=ids)
+            SimpleNamespace(
+                params=params,
+                prompt_token_ids=PROMPT,
+                output_token_ids=ids,
+                banned_token_ids=(),
+                forced_token_ids=(),
+            )
             for ids in outputs
         ]
         adjust_(scores, rows, frozenset(eos))

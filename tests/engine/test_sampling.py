@@ -33,6 +33,8 @@ class Row:
     params: SamplingParams = field(default_factory=SamplingParams)
     prompt_token_ids: Sequence[int] = (0,)
     output_token_ids: Sequence[int] = ()
+    banned_token_ids: Sequence[int] = ()
+    forced_token_ids: Sequence[int] = ()
 
 
 def sampler(vocab: int) -> Sampler:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTJConfig, T5Config, ViTConfig
+from transformers import AutoModelForCausalLM, GPTJConfig, ViTConfig
 
 from prefixd_server.config import ModelConfig
 from prefixd_server.errors import UnsupportedModel
@@ -113,12 +113,6 @@ def test_end_tokens_are_the_generation_configs_or_the_tokenizers(
 def test_a_folder_that_is_not_there(model: str) -> None:
     with pytest.raises(UnsupportedModel, match=f"--model {model}: there is no such folder"):
         load(model)
-
-
-def test_an_encoder_decoder(tmp_path: Path) -> None:
-    T5Config(vocab_size=VOCAB, d_model=16).save_pretrained(tmp_path / "tiny-t5")
-    with pytest.raises(UnsupportedModel, match=r"tiny-t5 is a t5 encoder-decoder"):
-        load(tmp_path / "tiny-t5")
 
 
 def test_a_family_with_attention_classes_of_its_own(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ operations = st.lists(
 
 
 def prefix(nbytes: int) -> HostPrefix:
-    return HostPrefix(ARRAY, ARRAY, "float32", nbytes)
+    return HostPrefix({"decoder": (ARRAY, ARRAY)}, "float32", nbytes)
 
 
 def key(number: int) -> PrefixKey:

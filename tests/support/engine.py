@@ -65,7 +65,7 @@ class EngineRun:
     ) -> None:
         geometry = model.geometry
         page = KVPool.bytes_per_page(
-            geometry.num_layers,
+            geometry.num_kv_layers,
             geometry.num_kv_heads,
             geometry.head_dim,
             page_size,

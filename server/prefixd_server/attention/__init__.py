@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from prefixd_server.attention.base import AttentionBackend, LayerOptions, SequenceSpan, StepPlan
+from prefixd_server.attention.base import (
+    AttentionBackend,
+    CrossSpan,
+    LayerOptions,
+    SequenceSpan,
+    StepPlan,
+)
 from prefixd_server.kv.pool import KVPool
 
-__all__ = ["AttentionBackend", "LayerOptions", "SequenceSpan", "StepPlan", "create_backend"]
+__all__ = [
+    "AttentionBackend",
+    "CrossSpan",
+    "LayerOptions",
+    "SequenceSpan",
+    "StepPlan",
+    "create_backend",
+]
 
 
 def create_backend(name: str, pool: KVPool) -> AttentionBackend:

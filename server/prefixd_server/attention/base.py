@@ -13,14 +13,25 @@ alone. Sliding windows count by index in that joint sequence, so a prefix ages o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from prefixd_server.kv.pool import KVPool
 
-__all__ = ["AttentionBackend", "LayerOptions", "SequenceSpan", "StepPlan"]
+__all__ = [
+    "AttentionBackend",
+    "CrossSpan",
+    "LayerOptions",
+    "RelativeBias",
+    "SequenceSpan",
+    "Span",
+    "StepPlan",
+]
+
+RelativeBias = Callable[[Tensor], Tensor]
+"""relative positions (key's minus query's) [...], int64 -> what to add to the scores, [..., H]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,41 @@ class SequenceSpan:
     """own pages; hold at least context_len + query_len tokens"""
     prefix_pages: Sequence[int] = ()
     prefix_len: int = 0
+    position_offset: int = 0
+    """the position of own token 0, for a relative bias; keys stand at their index in the joint
+    sequence, and the query at its position (so with offset 0 they count past it, as AdapterHub's
+    T5 does)"""
+
+    @property
+    def num_keys(self) -> int:
+        """Own tokens that the last query sees."""
+        return self.context_len + self.query_len
+
+    @property
+    def first_new(self) -> int:
+        """The first own token whose KV comes with this step."""
+        return self.context_len
+
+
+@dataclass(frozen=True, slots=True)
+class CrossSpan:
+    """One sequence's cross-attention in a step: ``query_len`` decoder tokens, each of which sees
+    the prefix and all ``num_keys`` tokens of the encoder."""
+
+    query_len: int
+    num_keys: int
+    pages: Sequence[int]
+    is_new: bool
+    """the keys of the encoder's tokens come with this step; otherwise they are in ``pages``"""
+    prefix_pages: Sequence[int] = ()
+    prefix_len: int = 0
+
+    @property
+    def first_new(self) -> int:
+        return 0 if self.is_new else self.num_keys
+
+
+Span = SequenceSpan | CrossSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +89,7 @@ class LayerOptions:
     scaling: float
     sliding_window: int | None = None
     softcap: float | None = None
+    relative_bias: RelativeBias | None = None
 
 
 class StepPlan(ABC):
@@ -54,7 +101,8 @@ class StepPlan(ABC):
     ) -> Tensor:
         """Store the new key and value, [T, H_kv, D], and return attention's output, [T, H, D].
 
-        query is [T, H, D]; T is the packed tokens of the step.
+        query is [T, H, D]; T is the packed tokens of the step. In cross-attention the new keys are
+        those of the encoder's tokens of all spans that are new, packed, and maybe none.
         """
 
 
@@ -63,4 +111,4 @@ class AttentionBackend(ABC):
         self.pool = pool
 
     @abstractmethod
-    def plan(self, spans: Sequence[SequenceSpan]) -> StepPlan: ...
+    def plan(self, spans: Sequence[Span]) -> StepPlan: ...

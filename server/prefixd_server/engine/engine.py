@@ -264,8 +264,8 @@ class Engine:
             sequence.started = True
             started = Started(
                 version=sequence.prefix.version if sequence.prefix else None,
-                prefix_tokens=sequence.prefix_len,
-                prompt_token_ids=sequence.prompt_token_ids,
+                prefix_tokens=sequence.prefix.num_virtual_tokens if sequence.prefix else 0,
+                prompt_token_ids=sequence.encoder_token_ids or sequence.prompt_token_ids,
                 prompt_logprobs=tuple(sequence.prompt_logprobs),
             )
         self._outputs.append(Output(sequence.request_id, started, tokens, finish))

@@ -1,8 +1,9 @@
-"""What moves logits before the temperature: bias, penalties, the minimum length.
+"""What moves logits before the temperature: bias, penalties, the minimum length, forced tokens.
 
 The order is transformers' (``GenerationMixin._get_logits_processor``): logit bias where its
 ``SequenceBiasLogitsProcessor`` stands, the repetition penalty, then OpenAI's presence and frequency
-penalties, which transformers lacks and vLLM puts here, then the mask of the minimum length.
+penalties, which transformers lacks and vLLM puts here, then the mask of the minimum length, and
+last what an encoder-decoder's generation config bans and forces.
 
 Each touches only the entries it changes, as (row, token id) pairs, never the whole ``[R, V]``; the
 exception is the count of output tokens, which is a scatter-add.
@@ -36,6 +37,14 @@ class SamplingRow(Protocol):
         """generated so far, with what was generated before a preemption"""
         ...
 
+    @property
+    def banned_token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def forced_token_ids(self) -> Sequence[int]:
+        """the next token is one of these, if there are any"""
+        ...
+
 
 def needs_adjusting(row: SamplingRow) -> bool:
     p = row.params
@@ -45,6 +54,8 @@ def needs_adjusting(row: SamplingRow) -> bool:
         or p.frequency_penalty != 0.0
         or bool(p.logit_bias)
         or _is_short(row)
+        or bool(row.banned_token_ids)
+        or bool(row.forced_token_ids)
     )
 
 
@@ -54,6 +65,7 @@ def adjust_(scores: Tensor, rows: Sequence[SamplingRow], eos_token_ids: frozense
     _penalise_repetition_(scores, rows)
     _penalise_presence_(scores, rows)
     _forbid_ending_(scores, rows, eos_token_ids)
+    _ban_and_force_(scores, rows)
 
 
 def _add_bias_(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -103,6 +115,16 @@ def _forbid_ending_(scores: Tensor, rows: Sequence[SamplingRow], eos: frozenset[
     at, ids = _pairs(scores, endings)
     if len(ids):
         scores[at, ids] = -torch.inf
+
+
+def _ban_and_force_(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
+    at, ids = _pairs(scores, ((i, row.banned_token_ids) for i, row in _each(rows)))
+    if len(ids):
+        scores[at, ids] = -torch.inf
+    forced = [(i, row.forced_token_ids) for i, row in _each(rows) if row.forced_token_ids]
+    if forced:
+        scores[[i for i, _ in forced]] = -torch.inf
+        scores[_pairs(scores, forced)] = 0.0
 
 
 def _is_short(row: SamplingRow) -> bool:

@@ -12,7 +12,7 @@ from prefixd_server.attention import AttentionBackend, SequenceSpan
 from prefixd_server.engine.scheduler import Scheduled
 from prefixd_server.engine.sequence import Sequence
 
-__all__ = ["ModelRunner", "StepLogits"]
+__all__ = ["ModelRunner", "StepLogits", "pack", "span_of"]
 
 
 class StepLogits(NamedTuple):
@@ -33,18 +33,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: Seq[Scheduled]) -> StepLogits:
-        spans = [_span(item) for item in step]
-        tokens, positions = _pack(step)
         rows = _LogitRows(step)
-        keep = torch.tensor(rows.keep, dtype=torch.int64)
+        return rows.split(self._logits(step, rows.keep))
+
+    def _logits(self, step: Seq[Scheduled], keep: list[int]) -> Tensor:
+        """Run the model over the packed step; logits [len(keep), V] of the rows ``keep``."""
+        tokens, positions = pack(step)
         output = self.module(
             input_ids=torch.tensor([tokens]).to(self.device),
             position_ids=torch.tensor([positions]).to(self.device),
             use_cache=False,
-            logits_to_keep=keep.to(self.device),
-            attention_plan=self.backend.plan(spans),
+            logits_to_keep=torch.tensor(keep, dtype=torch.int64).to(self.device),
+            attention_plan=self.backend.plan([span_of(item) for item in step]),
         )
-        return rows.split(output.logits[0])
+        logits: Tensor = output.logits[0]
+        return logits
 
     @torch.inference_mode()
     def copy_pages(self, copies: Seq[tuple[int, int]]) -> None:
@@ -57,7 +60,7 @@ class ModelRunner:
         return self.backend.pool.read(sequence.pages, sequence.num_computed)
 
 
-def _span(item: Scheduled) -> SequenceSpan:
+def span_of(item: Scheduled) -> SequenceSpan:
     sequence = item.sequence
     return SequenceSpan(
         query_len=item.num_tokens,
@@ -65,10 +68,11 @@ def _span(item: Scheduled) -> SequenceSpan:
         pages=sequence.pages,
         prefix_pages=sequence.lease.pages if sequence.lease else (),
         prefix_len=sequence.prefix_len,
+        position_offset=sequence.position_offset,
     )
 
 
-def _pack(step: Seq[Scheduled]) -> tuple[list[int], list[int]]:
+def pack(step: Seq[Scheduled]) -> tuple[list[int], list[int]]:
     """Token ids and position ids of the step, each of length T."""
     tokens: list[int] = []
     positions: list[int] = []

@@ -5,6 +5,9 @@ waiting ones are admitted in order of (priority, arrival). Admission reserves th
 the pages of all tokens known so far, or changes nothing. A sequence whose prefix is still loading
 is passed over; one that lacks pages holds back those behind it, so that it is not starved.
 
+An encoder-decoder's encoder runs whole, in the step that admits its sequence. The first that is
+admitted in a step may be longer than the budget, or a long text would never run.
+
 When a decode needs a page and none is free, idle prefixes are evicted; then the running sequence
 that is last in order is preempted: it waits again, and its tokens are computed anew.
 
@@ -95,10 +98,8 @@ class Scheduler:
         self._give_back(sequence)
 
     def owned_pages(self) -> list[list[int]]:
-        """Each running sequence's own pages, for :meth:`PageAllocator.check`."""
-        owned = [branch.pages for sequence in self.running for branch in sequence.branches]
-        groups = [sequence.beam_group for sequence in self.running if sequence.beam_group]
-        return [*owned, *(group.reserve for group in groups)]
+        """Each running sequence's own page lists, for :meth:`PageAllocator.check`."""
+        return [pages for sequence in self.running for pages in _held(sequence)]
 
     def check(self) -> None:
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
@@ -107,10 +108,12 @@ class Scheduler:
         assert self._num_seats <= self.max_num_seqs
         for sequence in self.waiting:
             assert list(sequence.branches) == [sequence]
-            assert not sequence.pages
+            assert not any(_held(sequence))
             assert sequence.lease is None
             assert sequence.num_computed == 0
         for sequence in self.running:
+            held = len(sequence.cross_pages) * self.allocator.page_size
+            assert held >= len(sequence.encoder_token_ids)
             assert (sequence.lease is None) == (sequence.prefix is None)
             assert len(sequence.branches) in (1, sequence.num_seats)
             assert len({(b.num_computed, b.num_tokens) for b in sequence.branches}) == 1
@@ -194,6 +197,8 @@ class Scheduler:
         for sequence in self.waiting:
             if budget == 0 or self._num_seats + sequence.num_seats > self.max_num_seqs:
                 break
+            if admitted and budget <= sequence.num_unencoded:
+                break
             try:
                 outcome = self._reserve(sequence)
             except PrefixdError as error:
@@ -206,6 +211,7 @@ class Scheduler:
             admitted.append(sequence)
             sequence.status = Status.RUNNING
             insort(self.running, sequence, key=_order)
+            budget = max(1, budget - sequence.num_unencoded)
             num_tokens = min(sequence.num_uncomputed, budget)
             scheduled.append(Scheduled(sequence, num_tokens))
             budget -= num_tokens
@@ -221,8 +227,9 @@ class Scheduler:
                 return outcome
             lease = outcome
         size, group = self.allocator.page_size, sequence.beam_group
+        cross = pages_for(len(sequence.encoder_token_ids), size)
         own = pages_for(sequence.num_tokens, size)
-        needed = group.pages_known(size) if group else own
+        needed = cross + (group.pages_known(size) if group else own)
         # One spare page for each running sequence's next growth, or admitting this one would soon
         # preempt it again.
         pages = self._allocate(needed, spare=self._num_seats, force=not self.running)
@@ -230,9 +237,10 @@ class Scheduler:
             if lease is not None:
                 lease.release()
             return Blocked.NO_PAGES
-        sequence.pages, sequence.lease = pages[:own], lease
+        sequence.cross_pages, sequence.pages = pages[:cross], pages[cross : cross + own]
+        sequence.lease = lease
         if group:
-            group.reserve = pages[own:]
+            group.reserve = pages[cross + own :]
         return None
 
     # --- pages -----------------------------------------------------------------------------------
@@ -244,13 +252,20 @@ class Scheduler:
         return self.allocator.allocate(count)
 
     def _give_back(self, sequence: Sequence) -> None:
+        for pages in _held(sequence):
+            self.allocator.release(pages)
+        sequence.pages, sequence.cross_pages = [], []
         if sequence.beam_group:
-            sequence.beam_group.collapse(self.allocator)
-        self.allocator.release(sequence.pages)
-        sequence.pages = []
+            sequence.beam_group.collapse()
         if sequence.lease is not None:
             sequence.lease.release()
             sequence.lease = None
+
+
+def _held(sequence: Sequence) -> list[list[int]]:
+    """All page lists that it owns, its hypotheses' among them."""
+    reserve = sequence.beam_group.reserve if sequence.beam_group else []
+    return [*(branch.pages for branch in sequence.branches), sequence.cross_pages, reserve]
 
 
 def _order(sequence: Sequence) -> tuple[int, float, str]:

@@ -1,10 +1,11 @@
 """One running sequence: what was asked, what was generated, what it holds.
 
-A sequence holds up to three things, and :meth:`Scheduler.release` gives all of them back:
+A sequence holds up to four things, and :meth:`Scheduler.release` gives all of them back:
 
-    pin     the identity of its prefix version, from admission to the end (residency counts them)
-    lease   the prefix's pages on the device, while it is scheduled
-    pages   the pages of its own tokens, while it is scheduled
+    pin          the identity of its prefix version, from admission to the end (residency counts)
+    lease        the prefix's pages on the device, while it is scheduled
+    pages        the pages of its own tokens, while it is scheduled
+    cross_pages  of an encoder-decoder: the pages of cross-attention's KV, while it is scheduled
 
 Preemption gives back lease and pages, and the tokens are computed again later.
 """
@@ -36,8 +37,18 @@ class Sequence:
         request: EngineRequest,
         prompt_token_ids: tuple[int, ...],
         prefix: PrefixVersion | None,
+        *,
+        encoder_token_ids: tuple[int, ...] = (),
+        forced_first: tuple[int, ...] = (),
+        forced_last: tuple[int, ...] = (),
+        banned_token_ids: tuple[int, ...] = (),
     ) -> None:
         self.request = request
+        self.encoder_token_ids = encoder_token_ids
+        """of an encoder-decoder: the client's text; the prompt is then the decoder's start"""
+        self.forced_first = forced_first
+        self.forced_last = forced_last
+        self.banned_token_ids = banned_token_ids
         self.prompt_token_ids = prompt_token_ids
         self.prefix = prefix
         self.output_token_ids: list[int] = []
@@ -48,6 +59,7 @@ class Sequence:
         self.num_computed = 0
         """own tokens whose KV is in ``pages``; less than ``num_tokens`` between steps"""
         self.pages: list[int] = []
+        self.cross_pages: list[int] = []
         self.lease: Lease | None = None
         self.beam_group: BeamGroup | None = None
         """of a beam search: the hypotheses, which run in this one's place once its prompt has"""
@@ -79,13 +91,26 @@ class Sequence:
         return self.beam_group.num_beams if self.beam_group else 1
 
     @property
+    def num_unencoded(self) -> int:
+        """Tokens of the encoder that run with the next step: all in the first, then none."""
+        return 0 if self.num_computed else len(self.encoder_token_ids)
+
+    @property
     def prefix_len(self) -> int:
-        return self.prefix.num_virtual_tokens if self.prefix else 0
+        """Virtual tokens that the sequence's own tokens attend to."""
+        return self.prefix.sites.decoder if self.prefix else 0
+
+    @property
+    def forced_token_ids(self) -> tuple[int, ...]:
+        """The next token is one of these, if there are any (as transformers' processors force)."""
+        if len(self.output_token_ids) == self.params.max_new_tokens - 1 and self.forced_last:
+            return self.forced_last
+        return () if self.output_token_ids else self.forced_first
 
     @property
     def position_offset(self) -> int:
         """The position id of the first prompt token."""
-        return self.prefix.query_offset if self.prefix else 0
+        return self.prefix.decoder_offset if self.prefix else 0
 
     @property
     def order(self) -> tuple[int, float, str]:

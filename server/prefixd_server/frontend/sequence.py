@@ -23,10 +23,18 @@ class SequenceText:
     an incomplete stop string.
     """
 
-    def __init__(self, codec: TextCodec, request: EngineRequest, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        request: EngineRequest,
+        stops: Sequence[str],
+        *,
+        context: Sequence[int],
+    ) -> None:
+        """``context``: the tokens that the output continues."""
         self._codec = codec
         self._request = request
-        self._detokenizer = Detokenizer(codec, request.prompt_token_ids)
+        self._detokenizer = Detokenizer(codec, context)
         self._stops = StopChecker(stops)
         self._started: Started | None = None
         self._tokens: list[TextToken] = []

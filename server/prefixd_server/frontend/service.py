@@ -37,6 +37,7 @@ class Frontend:
     """Create it anywhere, ``attach`` it to the running loop, then call it on that loop only.
 
     ``vocab_size`` is the model's; without it the tokenizer's is taken.
+    ``encoder_decoder``: the output does not continue the prompt, and has its own ``max_model_len``.
     ``grace_s``: how long after a request's deadline to wait for an engine that no longer answers.
     """
 
@@ -47,6 +48,7 @@ class Frontend:
         *,
         max_model_len: int,
         vocab_size: int | None = None,
+        encoder_decoder: bool = False,
         workers: int = 2,
         observer: Observer | None = None,
         grace_s: float = 5.0,
@@ -54,6 +56,7 @@ class Frontend:
         self.codec = codec
         self.max_model_len = max_model_len
         self.vocab_size = codec.vocab_size if vocab_size is None else vocab_size
+        self.encoder_decoder = encoder_decoder
         self._flights = Flights(mailbox, observer or NoObserver(), grace_s=grace_s)
         self._tokenizers = ThreadPoolExecutor(workers, "frontend-tokenize")
         self._counter = itertools.count()
@@ -210,9 +213,19 @@ class Frontend:
         return _Prompt(tuple(ids), num_leading)
 
     def _text(self, call: Call, request: EngineRequest) -> SequenceText:
-        return SequenceText(self.codec, request, call.stop)
+        context = () if self.encoder_decoder else request.prompt_token_ids
+        return SequenceText(self.codec, request, call.stop, context=context)
 
     def _check_length(self, num_prompt: int, max_new_tokens: int) -> None:
+        if self.encoder_decoder:
+            longest = max(num_prompt, 1 + max_new_tokens)
+            if longest > self.max_model_len:
+                raise PromptTooLong(
+                    f"the prompt has {num_prompt} tokens and max_new_tokens is {max_new_tokens};"
+                    f" the model's encoder and decoder have {self.max_model_len} positions each",
+                    param="inputs",
+                )
+            return
         total = num_prompt + max_new_tokens
         if total > self.max_model_len:
             raise PromptTooLong(

@@ -39,6 +39,8 @@ def setup_logging(log_format: Literal["auto", "json", "console"], level: str) ->
     root.setLevel(level.upper())
     # uvicorn's own access log would repeat ours; its lines of progress are ours at debug.
     logging.getLogger("uvicorn.access").disabled = True
+    # The demo's own requests to itself are in the access log already.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

@@ -68,6 +68,9 @@ class KVPool:
     ) -> None:
         """Copy a prefix, key and value [L, H_kv, P, D], into pages that nobody reads yet.
 
+        Where the pool has more than L layers (an encoder of fewer layers than the decoder), the
+        others are left alone.
+
         ``dtype`` names the arrays' type (bfloat16 comes as uint16 bit patterns). Safe on any
         thread: the pages were reserved for this copy, and it is complete when the call returns.
         """
@@ -75,8 +78,8 @@ class KVPool:
         slots = torch.from_numpy(slots_of(pages, num_tokens, self.page_size)).to(self.device)
         for pool, array in ((self.keys, key), (self.values, value)):
             source = _as_tensor(array, dtype)
-            for layer, target in enumerate(pool):
-                rows = source[layer].to(self.device, self.dtype).transpose(0, 1)  # [P, H_kv, D]
+            for layer, target in zip(source, pool, strict=False):
+                rows = layer.to(self.device, self.dtype).transpose(0, 1)  # [P, H_kv, D]
                 target.index_copy_(0, slots, rows)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()

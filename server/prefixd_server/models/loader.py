@@ -12,14 +12,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
-from prefixd_server.attention import interface
+from prefixd_server.attention import interface, seq2seq
 from prefixd_server.config import ModelConfig
 from prefixd_server.errors import UnsupportedModel
 from prefixd_server.kv.pool import TORCH_DTYPES
 from prefixd_server.models.demo import DEMO_NAME, demo_model_folder
 from prefixd_server.models.probe import observe_geometry
+from prefixd_server.models.seq2seq import DecoderRules, Seq2SeqModel
+from prefixd_server.models.seq2seq_probe import observe_seq2seq_geometry
 from prefixd_store.errors import InvalidRequest
 from prefixd_store.fingerprint import fingerprint_folder
 from prefixd_store.geometry import Geometry
@@ -48,11 +56,16 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     device: torch.device
     dtype: torch.dtype
+    seq2seq: Seq2SeqModel | None = None
+    """an encoder-decoder's ``module``, with what it takes to call it; None: decoder-only"""
+    decoder_rules: DecoderRules | None = None
+    """how an encoder-decoder's output begins and ends"""
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
     """Raises UnsupportedModel, by name and with the reason, for a model that cannot be served."""
     interface.register()
+    seq2seq.register()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     source = _source(config)
@@ -61,7 +74,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model_config = _read_config(source)
-    module = _load_module(source, model_config.model_type, TORCH_DTYPES.get(dtype, "auto"))
+    module = _load_module(source, model_config, TORCH_DTYPES.get(dtype, "auto"))
     module = module.to(device).eval().requires_grad_(False)
     with _reading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -70,9 +83,15 @@ def load_model(config: ModelConfig) -> LoadedModel:
         config.max_model_len,
         _max_positions(text_config, tokenizer),
         _fixed_rope_positions(text_config),
+        # T5's positions are relative: its own length is only what it was trained on.
+        endless=hasattr(text_config, "relative_attention_max_distance"),
     )
     loaded_dtype = next(module.parameters()).dtype
-    geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
+    encoder_decoder = Seq2SeqModel(module) if model_config.is_encoder_decoder else None
+    if encoder_decoder is not None:
+        geometry = observe_seq2seq_geometry(encoder_decoder)
+    else:
+        geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,
@@ -85,6 +104,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
         eos_token_ids=_eos_token_ids(module, tokenizer),
         device=device,
         dtype=loaded_dtype,
+        seq2seq=encoder_decoder,
+        decoder_rules=DecoderRules.of(module) if encoder_decoder is not None else None,
     )
 
 
@@ -125,33 +146,31 @@ def _reading(source: str, what: str) -> Iterator[None]:
 
 def _read_config(source: str) -> Any:
     with _reading(source, "model"):
-        model_config = AutoConfig.from_pretrained(source)
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{source} is a {model_config.model_type} encoder-decoder; these are not served yet"
-        )
-    return model_config
+        return AutoConfig.from_pretrained(source)
 
 
-def _load_module(source: str, family: str, dtype: Any) -> Any:
+def _load_module(source: str, model_config: Any, dtype: Any) -> Any:
+    loader, attention = AutoModelForCausalLM, interface.IMPLEMENTATION
+    if model_config.is_encoder_decoder:
+        loader, attention = AutoModelForSeq2SeqLM, seq2seq.IMPLEMENTATION
     with _reading(source, "model"):
-        module = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="eager"
-        )
+        module = loader.from_pretrained(source, dtype=dtype, attn_implementation="eager")
     # Only now: some families look the name up among attention classes of their own. Those that
     # cannot take ours keep the one they have.
-    module.set_attn_implementation(interface.IMPLEMENTATION)
-    if module.config._attn_implementation != interface.IMPLEMENTATION:
+    module.set_attn_implementation(attention)
+    if module.config._attn_implementation != attention:
         raise UnsupportedModel(
-            f"{source} is a {family} model; {type(module).__name__}'s attention does not go through"
-            " transformers' AttentionInterface"
+            f"{source} is a {model_config.model_type} model; {type(module).__name__}'s attention"
+            " does not go through transformers' AttentionInterface"
         )
     return module
 
 
-def _max_model_len(wanted: int | None, own: int, fixed_rope: int | None) -> int:
+def _max_model_len(
+    wanted: int | None, own: int, fixed_rope: int | None, *, endless: bool = False
+) -> int:
     """``fixed_rope``: where :func:`_fixed_rope_positions` ends, if anywhere."""
-    if wanted is not None and wanted > own:
+    if wanted is not None and wanted > own and not endless:
         raise UnsupportedModel(f"--max-model-len {wanted}: the model's own context is {own}")
     longest = wanted or own
     if fixed_rope is None or longest <= fixed_rope:

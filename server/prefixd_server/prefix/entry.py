@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from prefixd_server.errors import PrefixdError
 from prefixd_server.kv.allocator import pages_for
 from prefixd_server.prefix.lifecycle import NEW, LifeEvent, advance
 from prefixd_server.types import PrefixKey, PrefixState, PrefixVersion
 
-__all__ = ["Blocked", "Entry", "Lease", "NoObserver", "ResidencyObserver", "Tier"]
+__all__ = [
+    "Blocked",
+    "Entry",
+    "Lease",
+    "NoObserver",
+    "ResidencyObserver",
+    "SitePages",
+    "Tier",
+    "num_prefix_pages",
+]
 
 Tier = Literal["device", "host", "store"]
 
@@ -44,10 +53,32 @@ class Blocked(enum.Enum):
     NO_PAGES = "it waits for pages that others lease; whoever comes later should wait too"
 
 
+class SitePages(NamedTuple):
+    """The page list of each site: no page holds tokens of two."""
+
+    decoder: tuple[int, ...] = ()
+    encoder: tuple[int, ...] = ()
+    cross: tuple[int, ...] = ()
+
+
+def num_prefix_pages(version: PrefixVersion, page_size: int) -> int:
+    return sum(pages_for(length, page_size) for length in version.sites)
+
+
 class Entry:
     """One prefix of one tenant, however many of its tasks name it."""
 
-    __slots__ = ("error", "failed_at", "leases", "life", "num_pages", "pages", "pins", "version")
+    __slots__ = (
+        "error",
+        "failed_at",
+        "leases",
+        "life",
+        "num_pages",
+        "page_size",
+        "pages",
+        "pins",
+        "version",
+    )
 
     def __init__(self, version: PrefixVersion, page_size: int) -> None:
         self.version = version
@@ -56,7 +87,8 @@ class Entry:
         self.pins = 0
         self.leases = 0
         self.pages: tuple[int, ...] = ()
-        self.num_pages = pages_for(version.num_virtual_tokens, page_size)
+        self.page_size = page_size
+        self.num_pages = num_prefix_pages(version, page_size)
         self.error: PrefixdError | None = None
         """why it FAILED"""
         self.failed_at = 0.0
@@ -67,8 +99,13 @@ class Entry:
         return self.version.key
 
     @property
-    def num_tokens(self) -> int:
-        return self.version.num_virtual_tokens
+    def site_pages(self) -> SitePages:
+        lists, start = [], 0
+        for length in self.version.sites:
+            stop = start + pages_for(length, self.page_size)
+            lists.append(self.pages[start:stop])
+            start = stop
+        return SitePages(*lists)
 
     @property
     def place(self) -> PrefixState:
@@ -110,16 +147,21 @@ class Entry:
 class Lease:
     """A request's right to attend to a prefix: until :meth:`release`, its pages stay as they are.
 
-    ``pages`` hold ``num_tokens`` = P tokens in order, the last page mostly in part. Engine thread.
+    ``pages`` hold the ``num_tokens`` = P tokens of the decoder's self-attention in order, the last
+    page mostly in part; ``sites`` has the other sites' page lists too. Engine thread.
     """
 
-    __slots__ = ("_on_release", "key", "num_tokens", "pages")
+    __slots__ = ("_on_release", "key", "num_tokens", "sites")
 
     def __init__(self, entry: Entry, on_release: Callable[[Entry], None]) -> None:
         self.key = entry.key
-        self.pages = entry.pages
-        self.num_tokens = entry.num_tokens
+        self.sites = entry.site_pages
+        self.num_tokens = entry.version.sites.decoder
         self._on_release: Callable[[], None] | None = lambda: on_release(entry)
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        return self.sites.decoder
 
     def release(self) -> None:
         """Idempotent."""

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 
 from prefixd_server.types import PrefixKey
+from prefixd_store.records import Site
 
 __all__ = ["HostCache", "HostPrefix"]
 
 
 @dataclass(frozen=True, eq=False)
 class HostPrefix:
-    """The decoder KV of a prefix, ready to be copied into pages.
+    """The KV of a prefix, ready to be copied into pages.
 
-    ``key`` and ``value`` are [L, H_kv, P, D] views of one buffer of ``nbytes`` bytes (the
-    file, which they keep alive); bfloat16 is held as uint16 bit patterns.
+    ``sites`` maps a site to its key and value, each a [L, H_kv, P, D] view of one buffer of
+    ``nbytes`` bytes (the file, which they keep alive); bfloat16 is held as uint16 bit patterns.
     """
 
-    key: npt.NDArray[Any]
-    value: npt.NDArray[Any]
+    sites: Mapping[Site, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
     dtype: str
     nbytes: int
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.key.shape[2])
 
 
 class HostCache:

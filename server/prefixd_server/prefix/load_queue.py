@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
+from prefixd_server.prefix.entry import SitePages
 from prefixd_server.prefix.host_cache import HostPrefix
 from prefixd_server.prefix.loader import Loader
 from prefixd_server.types import PrefixKey, PrefixVersion
@@ -51,7 +52,7 @@ class LoadQueue:
             self._fetcher.submit(self._loader.fetch, version, deadline)
             yield key
 
-    def copy(self, key: PrefixKey, pages: Sequence[int], prefix: HostPrefix) -> None:
+    def copy(self, key: PrefixKey, pages: SitePages, prefix: HostPrefix) -> None:
         self._copier.submit(self._loader.copy, key, pages, prefix)
 
     def close(self) -> None:

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from prefixd_server.errors import InvalidPrefix, PrefixdError, StoreUnavailable, Unavailable
+from prefixd_server.prefix.entry import SitePages
 from prefixd_server.prefix.host_cache import HostPrefix
-from prefixd_server.types import PrefixKey, PrefixVersion
+from prefixd_server.types import PrefixKey, PrefixVersion, SiteLengths
 from prefixd_store.format import Limits, parse_prefix
 from prefixd_store.geometry import Geometry, check_fits
 from prefixd_store.store import Store
@@ -36,8 +37,8 @@ class PrefixPool(Protocol):
     def write_prefix(
         self, pages: Sequence[int], key: npt.NDArray[Any], value: npt.NDArray[Any], dtype: str
     ) -> None:
-        """Copy ``key`` and ``value`` [L, H_kv, P, D] into pages that nobody reads; complete on
-        return; callable on any thread."""
+        """Copy ``key`` and ``value`` [L, H_kv, P, D] of one site into the first L layers of pages
+        that nobody reads; complete on return; callable on any thread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +95,13 @@ class Loader:
 
         self._run(version.key, work)
 
-    def copy(self, key: PrefixKey, pages: Sequence[int], prefix: HostPrefix) -> None:
+    def copy(self, key: PrefixKey, pages: SitePages, prefix: HostPrefix) -> None:
         """Host memory → pages that were reserved for it."""
         begin = time.monotonic()
 
         def work() -> Completion:
-            self._pool.write_prefix(pages, prefix.key, prefix.value, prefix.dtype)
+            for site, (keys, values) in prefix.sites.items():
+                self._pool.write_prefix(getattr(pages, site), keys, values, prefix.dtype)
             return Copied(key, time.monotonic() - begin)
 
         self._run(key, work)
@@ -143,9 +145,16 @@ class Loader:
                 f"{prefix.manifest.num_virtual_tokens}",
                 param="num_virtual_tokens",
             )
+        sites = prefix.manifest.sites
+        found = SiteLengths(**{site: shape[2] for site, shape in sites.items()})
+        if found != version.sites:
+            raise InvalidPrefix(
+                f"version {version.version} of task {version.task!r} is recorded with "
+                f"{version.sites}, its file has {found}"
+            )
+        arrays = prefix.arrays
         return HostPrefix(
-            prefix.arrays["decoder.key"].data,
-            prefix.arrays["decoder.value"].data,
+            {site: (arrays[f"{site}.key"].data, arrays[f"{site}.value"].data) for site in sites},
             prefix.manifest.dtype,
             nbytes=len(blob),
         )

@@ -22,7 +22,7 @@ from prefixd_server.config import LimitsConfig
 from prefixd_server.errors import InvalidRequest, NotFound, StoreUnavailable
 from prefixd_server.prefix.feed import Feed, FeedHealth
 from prefixd_server.prefix.mirror import ChangeListener, Mirror, TaskKey
-from prefixd_server.types import PrefixVersion
+from prefixd_server.types import PrefixVersion, SiteLengths
 from prefixd_store.records import TaskRecord, VersionRecord
 from prefixd_store.store import PutResult, Store, TaskPage
 
@@ -228,6 +228,7 @@ def to_prefix_version(task: TaskRecord, version: VersionRecord) -> PrefixVersion
         num_virtual_tokens=version.num_virtual_tokens,
         query_offset=version.query_offset,
         starts_sequence=version.format == "compiled",
+        sites=SiteLengths(**{site: shape[2] for site, shape in version.sites.items()}),
     )
 
 

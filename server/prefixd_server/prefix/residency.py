@@ -32,7 +32,15 @@ from prefixd_server.config import CacheConfig
 from prefixd_server.errors import InvalidRequest, PrefixdError
 from prefixd_server.kv.allocator import PageAllocator
 from prefixd_server.prefix.device_tier import DeviceTier
-from prefixd_server.prefix.entry import Blocked, Entry, Lease, NoObserver, ResidencyObserver, Tier
+from prefixd_server.prefix.entry import (
+    Blocked,
+    Entry,
+    Lease,
+    NoObserver,
+    ResidencyObserver,
+    Tier,
+    num_prefix_pages,
+)
 from prefixd_server.prefix.host_cache import HostCache, HostPrefix
 from prefixd_server.prefix.lifecycle import LifeEvent, advance
 from prefixd_server.prefix.load_queue import LoadQueue
@@ -265,7 +273,7 @@ class Residency:
             return False
         entry.advance(LifeEvent.COPY)
         self._transit.pop(entry.key, None)  # from here on the job holds it
-        self._loads.copy(entry.key, entry.pages, prefix)
+        self._loads.copy(entry.key, entry.site_pages, prefix)
         return True
 
     def _lease(self, entry: Entry) -> Lease:
@@ -360,11 +368,11 @@ class Residency:
 
 
 def _check_size(version: PrefixVersion, allocator: PageAllocator) -> None:
-    tokens, room = version.num_virtual_tokens, allocator.num_pages * allocator.page_size
-    if tokens > room:
+    if num_prefix_pages(version, allocator.page_size) > allocator.num_pages:
         raise InvalidRequest(
-            f"version {version.version} of task {version.task!r} has {tokens} virtual tokens; the "
-            f"whole KV cache has room for {room}",
+            f"version {version.version} of task {version.task!r} has {sum(version.sites)} virtual"
+            " tokens; the whole KV cache has room for"
+            f" {allocator.num_pages * allocator.page_size}",
             param="task",
         )
 
