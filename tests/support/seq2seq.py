@@ -206,6 +206,27 @@ class Seq2SeqReference:
         ]
         return tokens, logprobs
 
+    @torch.inference_mode()
+    def search(
+        self, prefix: Prefix, text: list[int], **options: Any
+    ) -> list[tuple[list[int], float]]:
+        """Beam search: tokens after the decoder's start and score of each hypothesis returned."""
+        ids = torch.tensor([text])
+        ends = self.model.generation_config.eos_token_id
+        with self._injected(prefix):
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+                return_dict_in_generate=True,
+                output_scores=True,
+                **options,
+            )
+        rows = [row[1:] for row in output.sequences.tolist()]
+        tokens = [row[: row.index(ends) + 1] if ends in row else row for row in rows]
+        return list(zip(tokens, output.sequences_scores.tolist(), strict=True))
+
     @contextmanager
     def _injected(self, prefix: Prefix) -> Iterator[None]:
         self._prefix = prefix
@@ -225,13 +246,15 @@ class Seq2SeqReference:
         position_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """query [1, H, Q, D], key [1, H, K, D]: all that is cached and new. No mask is asked for:
-        the batch is one text, and of the decoder's new tokens there is one a call."""
+        """query [B, H, Q, D], key [B, H, K, D]: all that is cached and new. No mask is asked for:
+        the batch is one text or its beams, and of the decoder's new tokens there is one a call."""
         assert query.shape[2] == 1 or not module.is_causal
         site, layer = self._sites[id(module)]
         num_queries, past = query.shape[2], key.shape[2] - query.shape[2]
         if site in self._prefix:
-            prefix_key, prefix_value = (tensor[layer][None] for tensor in self._prefix[site])
+            prefix_key, prefix_value = (
+                tensor[layer].expand(len(key), -1, -1, -1) for tensor in self._prefix[site]
+            )
             key = torch.cat([prefix_key, key], 2)
             value = torch.cat([prefix_value, value], 2)
         scores = query @ key.transpose(2, 3) * scaling
