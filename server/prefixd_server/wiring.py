@@ -127,9 +127,9 @@ class Server:
                 self.residency,
                 self.allocator,
                 max_model_len=model.max_model_len,
-                decoder_rules=model.decoder_rules,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                decoder_rules=model.decoder_rules,
             ),
             self.residency,
             Scheduler(

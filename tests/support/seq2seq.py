@@ -211,29 +211,24 @@ class Seq2SeqReference:
 
     @torch.inference_mode()
     def search(
-        self, prefix: Prefix, text: list[int], max_new_tokens: int, **options: Any
+        self, prefix: Prefix, text: list[int], **options: Any
     ) -> list[tuple[list[int], float]]:
-        """Beam search: the hypotheses found, each with its score, best first."""
+        """Beam search: tokens after the decoder's start and score of each hypothesis returned."""
         ids = torch.tensor([text])
+        ends = self.model.generation_config.eos_token_id
         with self._injected(prefix):
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
                 do_sample=False,
                 past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
                 return_dict_in_generate=True,
                 output_scores=True,
                 **options,
             )
-        pad = self.model.generation_config.pad_token_id
-        found = []
-        for row, score in zip(output.sequences, output.sequences_scores, strict=True):
-            tokens = row.tolist()[1:]
-            while len(tokens) > 1 and tokens[-1] == pad:
-                tokens.pop()
-            found.append((tokens, score.item()))
-        return found
+        rows = [row[1:] for row in output.sequences.tolist()]
+        tokens = [row[: row.index(ends) + 1] if ends in row else row for row in rows]
+        return list(zip(tokens, output.sequences_scores.tolist(), strict=True))
 
     @contextmanager
     def _injected(self, prefix: Prefix) -> Iterator[None]:
@@ -255,13 +250,13 @@ class Seq2SeqReference:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """query [B, H, Q, D], key [B, H, K, D]: all that is cached and new. No mask is asked for:
-        the batch is beams of one text, and of the decoder's new tokens there is one a call."""
+        the batch is one text or its beams, and of the decoder's new tokens there is one a call."""
         assert query.shape[2] == 1 or not module.is_causal
         site, layer = self._sites[id(module)]
         num_queries, past = query.shape[2], key.shape[2] - query.shape[2]
         if site in self._prefix:
             prefix_key, prefix_value = (
-                tensor[layer].expand(key.shape[0], -1, -1, -1) for tensor in self._prefix[site]
+                tensor[layer].expand(len(key), -1, -1, -1) for tensor in self._prefix[site]
             )
             key = torch.cat([prefix_key, key], 2)
             value = torch.cat([prefix_value, value], 2)

@@ -25,18 +25,18 @@ class Admission:
         allocator: PageAllocator,
         *,
         max_model_len: int,
-        decoder_rules: DecoderRules | None = None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        decoder_rules: DecoderRules | None = None,
     ) -> None:
         """``decoder_rules``: of an encoder-decoder, whose encoder then gets the prompts."""
         self.registry = registry
         self.residency = residency
         self.allocator = allocator
         self.max_model_len = max_model_len
-        self.decoder_rules = decoder_rules
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.decoder_rules = decoder_rules
 
     def admit(self, request: EngineRequest) -> Sequence:
         """Resolve and pin. Raises NotFound, PromptTooLong, InvalidRequest, with nothing pinned."""

@@ -7,8 +7,8 @@
     collapse  preempted: all pages go back. The request's own sequence computes the prompt, and what
               the hypotheses begin with together, anew; then they are forked and compute the rest
 
-The sequence keeps the lease for all of them. ``Scheduler.release`` gives it back with the pages of
-whatever stage the group is in.
+The sequence keeps the lease, and an encoder-decoder's cross-attention pages, for all of them.
+``Scheduler.release`` gives them back with the pages of whatever stage the group is in.
 """
 
 from __future__ import annotations
@@ -57,11 +57,8 @@ class BeamGroup:
         sources = [self.beams[parent] for parent in parents]
         self._replace(allocator, old, sources, [old[parent] for parent in parents], outputs)
 
-    def collapse(self, allocator: PageAllocator) -> None:
-        """Give back all pages but the root's; the root will compute the common beginning anew."""
-        for beam in self.beams:
-            allocator.release(beam.pages)
-        allocator.release(self.reserve)
+    def collapse(self) -> None:
+        """All pages have been given back: the root will compute the common beginning anew."""
         self.beams, self.reserve = [], []
         if self.outputs:
             # Each hypothesis must have a token left to compute: its logits are wanted.
@@ -97,7 +94,7 @@ def most_pages(num_shared: int, num_tokens: int, num_beams: int, page_size: int)
 
 
 def _child(source: Sequence, pages: list[int], output: list[int]) -> Sequence:
-    """Borrows everything but its pages and tokens (the lease, above all) from the request's own."""
+    """Borrows everything but its pages and tokens (lease, cross pages) from the request's own."""
     child = copy.copy(source)
     child.beam_group = None
     child.pages = pages

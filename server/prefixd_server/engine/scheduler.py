@@ -237,10 +237,10 @@ class Scheduler:
             if lease is not None:
                 lease.release()
             return Blocked.NO_PAGES
-        sequence.cross_pages, pages = pages[:cross], pages[cross:]
-        sequence.pages, sequence.lease = pages[:own], lease
+        sequence.cross_pages, sequence.pages = pages[:cross], pages[cross : cross + own]
+        sequence.lease = lease
         if group:
-            group.reserve = pages[own:]
+            group.reserve = pages[cross + own :]
         return None
 
     # --- pages -----------------------------------------------------------------------------------
@@ -252,21 +252,20 @@ class Scheduler:
         return self.allocator.allocate(count)
 
     def _give_back(self, sequence: Sequence) -> None:
-        if sequence.beam_group:
-            sequence.beam_group.collapse(self.allocator)
-        for pages in (sequence.pages, sequence.cross_pages):
+        for pages in _held(sequence):
             self.allocator.release(pages)
         sequence.pages, sequence.cross_pages = [], []
+        if sequence.beam_group:
+            sequence.beam_group.collapse()
         if sequence.lease is not None:
             sequence.lease.release()
             sequence.lease = None
 
 
 def _held(sequence: Sequence) -> list[list[int]]:
-    """All page lists of a sequence and the hypotheses that it has forked into."""
-    group = sequence.beam_group
-    own = [branch.pages for branch in sequence.branches]
-    return [*own, sequence.cross_pages, *([group.reserve] if group else [])]
+    """All page lists that it owns, its hypotheses' among them."""
+    reserve = sequence.beam_group.reserve if sequence.beam_group else []
+    return [*(branch.pages for branch in sequence.branches), sequence.cross_pages, reserve]
 
 
 def _order(sequence: Sequence) -> tuple[int, float, str]:

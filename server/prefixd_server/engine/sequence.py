@@ -81,11 +81,6 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     @property
-    def num_unencoded(self) -> int:
-        """Tokens of the encoder that run with the next step: all in the first, then none."""
-        return 0 if self.num_computed else len(self.encoder_token_ids)
-
-    @property
     def branches(self) -> Seq[Sequence]:
         """What runs in a step, in lockstep: itself, or the hypotheses that it has forked into."""
         return (self.beam_group and self.beam_group.beams) or (self,)
@@ -94,6 +89,11 @@ class Sequence:
     def num_seats(self) -> int:
         """How many of the ``max_num_seqs`` it takes, from its prefill on."""
         return self.beam_group.num_beams if self.beam_group else 1
+
+    @property
+    def num_unencoded(self) -> int:
+        """Tokens of the encoder that run with the next step: all in the first, then none."""
+        return 0 if self.num_computed else len(self.encoder_token_ids)
 
     @property
     def prefix_len(self) -> int:
