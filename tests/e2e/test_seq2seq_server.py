@@ -94,3 +94,14 @@ def test_an_encoder_prefix_cannot_shift_absolute_positions(
     with live.client() as client, pytest.raises(InvalidValueError, match="begin at 0") as caught:
         client.push("shifted", file)
     assert caught.value.param == "query_offset"
+
+
+def test_info_tells_of_the_encoder(folder: Path, live: LiveServer) -> None:
+    encoder = Seq2SeqReference(folder).model.get_encoder().config
+    with live.client() as client:
+        info = client.info().model.encoder
+    assert info is not None
+    assert (info.num_layers, info.num_kv_heads) == (
+        encoder.encoder_layers,
+        encoder.encoder_attention_heads,
+    )

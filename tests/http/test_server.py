@@ -75,6 +75,7 @@ def test_info(client: httpx.Client) -> None:
         "num_layers": 3,
         "num_kv_heads": 2,
         "head_dim": 16,
+        "encoder": None,
         "max_model_len": 512,
         "dtype": "float32",
         "device": "cpu",

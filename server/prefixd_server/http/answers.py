@@ -129,6 +129,12 @@ class StatusAnswer(BaseModel):
     status: Literal["ok", "ready", "draining", "store_unavailable", "engine_dead"]
 
 
+class EncoderAnswer(BaseModel):
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
 class ModelAnswer(BaseModel):
     name: str
     fingerprint: str | None
@@ -136,6 +142,7 @@ class ModelAnswer(BaseModel):
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    encoder: EncoderAnswer | None = Field(description="null for a decoder-only model")
     max_model_len: int
     dtype: str
     device: str

@@ -55,7 +55,9 @@ async def download(
     if format == "prefixd":
         headers = _headers(f"{stem}.safetensors", sha256, len(blob))
         return StreamingResponse(_pieces(blob), 200, headers, "application/octet-stream")
-    archive = await services.work(_peft_zip, blob, services.spool)
+    archive = await services.work(
+        _peft_zip, blob, services.spool, services.model.geometry.has_encoder
+    )
     headers = _headers(f"{stem}.zip", f"{sha256}-peft", _size(archive))
     return StreamingResponse(_read(archive), 200, headers, "application/zip")
 
@@ -74,12 +76,12 @@ async def _pieces(blob: bytearray) -> AsyncIterator[bytes]:
         yield bytes(view[begin : begin + _PIECE])
 
 
-def _peft_zip(blob: bytearray, spool: Path) -> BinaryIO:
+def _peft_zip(blob: bytearray, spool: Path, encoder_decoder: bool) -> BinaryIO:
     """A file with no name, so that it is gone with its last reader."""
     archive: BinaryIO = TemporaryFile(dir=spool)  # noqa: SIM115
     with TemporaryDirectory(prefix="export-", dir=spool) as name:
         folder = Path(name)
-        export_peft(parse_prefix(blob), folder)
+        export_peft(parse_prefix(blob), folder, encoder_decoder=encoder_decoder)
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as target:
             for path in sorted(folder.iterdir()):
                 target.write(path, path.name)

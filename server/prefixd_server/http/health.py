@@ -9,6 +9,7 @@ from fastapi import Response
 
 from prefixd_server.http.answers import (
     CacheAnswer,
+    EncoderAnswer,
     InfoAnswer,
     LimitsAnswer,
     ModelAnswer,
@@ -67,6 +68,7 @@ async def info(services: ServicesDep) -> InfoAnswer:
             num_layers=geometry.num_layers,
             num_kv_heads=geometry.num_kv_heads,
             head_dim=geometry.head_dim,
+            encoder=EncoderAnswer(**geometry.encoder._asdict()) if geometry.encoder else None,
             max_model_len=model.max_model_len,
             dtype=model.dtype,
             device=model.device,
