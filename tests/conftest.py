@@ -8,3 +8,6 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    # xdist tells its workers of a terminal, whose width rich would keep from its import on.
+    os.environ.pop("COLUMNS", None)
+    os.environ.pop("LINES", None)
