@@ -13,6 +13,7 @@ from prefixd_server.models.loader import load_model
 from prefixd_server.types import BeamParams
 from tests.support.engine import EngineRun, request
 from tests.support.seq2seq import (
+    FAMILIES,
     Seq2SeqReference,
     publish,
     random_prefix,
@@ -30,7 +31,7 @@ SEARCHES: tuple[tuple[int, float, Any], ...] = (
 """num_beams, length_penalty, early_stopping"""
 
 
-@pytest.mark.parametrize("family", ["t5", "bart", "mbart", "marian"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_and_preempted_searches_find_what_transformers_finds(
     family: str, tmp_path: Path
 ) -> None:
