@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -301,8 +301,9 @@ class Owner:
     def retire(self, key: PrefixKey) -> None:
         self.retired.append(key)
 
-    def set_pinned(self, keys: Iterable[PrefixKey]) -> None:
-        self.pinned = set(keys)
+    def set_pinned(self, key: PrefixKey, pinned: bool) -> None:
+        assert pinned == (key not in self.pinned), "told twice"
+        (self.pinned.add if pinned else self.pinned.remove)(key)
 
 
 def test_a_hash_retires_when_no_version_of_its_tenant_names_it(replica: Replica) -> None:

@@ -163,7 +163,7 @@ def test_pinned_tasks_stay_as_long_as_they_fit(tmp_path: Path) -> None:
     a, b, _ = world.versions
     world.visit(a)
     world.visit(b)
-    world.residency.set_pinned([a.key])
+    world.residency.set_pinned(a.key, True)
     world.residency.poll()
     assert world.residency.make_room(4)
     assert (world.state(a), world.state(b)) == (S.DEVICE, S.HOST)

@@ -6,7 +6,6 @@ A listener of the registry. It counts, so that a change costs what that task has
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Protocol
 
 from prefixd_server.types import PrefixKey
@@ -20,7 +19,7 @@ class KeyOwner(Protocol):
 
     def retire(self, key: PrefixKey) -> None: ...
 
-    def set_pinned(self, keys: Iterable[PrefixKey]) -> None: ...
+    def set_pinned(self, key: PrefixKey, pinned: bool) -> None: ...
 
 
 class References:
@@ -36,8 +35,10 @@ class References:
         unpinned, pinned = _move(self._pinned, _pinned(old), _pinned(new))
         for key in sorted(gone):
             self._owner.retire(key)
-        if unpinned or pinned:
-            self._owner.set_pinned(self._pinned.keys())
+        for key in sorted(unpinned):
+            self._owner.set_pinned(key, False)
+        for key in sorted(pinned):
+            self._owner.set_pinned(key, True)
 
 
 def _named(task: TaskRecord | None) -> set[PrefixKey]:

@@ -24,7 +24,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import NamedTuple, TypeVar
 
@@ -59,6 +59,14 @@ class _Retire(NamedTuple):
     key: PrefixKey
 
 
+class _SetPinned(NamedTuple):
+    key: PrefixKey
+    pinned: bool
+
+
+_Message = Completion | _Retire | _SetPinned
+
+
 class Residency:
     """``wake`` is called on whatever thread has left something to :meth:`poll`.
 
@@ -88,10 +96,9 @@ class Residency:
         self._device = DeviceTier(allocator, cache.max_device_prefixes, self._evicted)
         self._cache = HostCache(cache.host_cache_bytes)
         self._transit: dict[PrefixKey, HostPrefix] = {}
-        self._pinned_next: frozenset[PrefixKey] = frozenset()
         self._failures: deque[Entry] = deque()
         """FAILED entries, kept so that their error is told until a retry is due; oldest first"""
-        self._inbox: queue.SimpleQueue[Completion | _Retire] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         loader = Loader(
             store,
             pool,
@@ -121,9 +128,10 @@ class Residency:
         nothing holds it."""
         self._post(_Retire(key))
 
-    def set_pinned(self, keys: Iterable[PrefixKey]) -> None:
-        """All prefixes of pinned tasks, from the next poll on; see :meth:`make_room`."""
-        self._pinned_next = frozenset(keys)
+    def set_pinned(self, key: PrefixKey, pinned: bool) -> None:
+        """Whether a pinned task's traffic goes to the prefix, from the next poll on; see
+        :meth:`make_room`."""
+        self._post(_SetPinned(key, pinned))
 
     # --- the engine ------------------------------------------------------------------------------
     def pin(self, version: PrefixVersion) -> None:
@@ -183,11 +191,12 @@ class Residency:
     def poll(self) -> None:
         """Take in what threads have finished or asked for, and start the loads that waited."""
         self._assert_engine_thread()
-        self._device.pinned = self._pinned_next
         for message in _drain(self._inbox):
             match message:
                 case _Retire(key):
                     self._retire(key)
+                case _SetPinned(key, pinned):
+                    self._device.set_pinned(key, pinned)
                 case _:
                     self._complete(message)
         self._forget_failures()
@@ -278,13 +287,15 @@ class Residency:
 
     def _lease(self, entry: Entry) -> Lease:
         entry.leases += 1
-        self._device.touch(entry)
+        self._device.use(entry)
         return Lease(entry, self._unlease)
 
     def _unlease(self, entry: Entry) -> None:
         self._assert_engine_thread()
         if not self._closed:
             entry.leases -= 1
+            if not entry.leases:
+                self._device.rest(entry)
             self._settle(entry)
 
     def _evicted(self, entry: Entry) -> None:
@@ -305,6 +316,7 @@ class Residency:
             case Copied(_, seconds):
                 self._observer.load_seconds("host", seconds)
                 entry.advance(LifeEvent.COPIED)
+                self._device.rest(entry)
             case LoadFailed(_, error):
                 self._fail(entry, error)
         self._settle(entry)
@@ -356,7 +368,7 @@ class Residency:
         return time.monotonic() >= failed_at + self._load_retry_s
 
     # --- threads ---------------------------------------------------------------------------------
-    def _post(self, message: Completion | _Retire) -> None:
+    def _post(self, message: _Message) -> None:
         self._inbox.put(message)
         self._wake()
 
