@@ -202,7 +202,7 @@ class DiskStore(RecordStore):
     @os_errors()
     def read_blob(
         self, tenant: str, sha256: str, *, progress: Callable[[int], None] | None = None
-    ) -> bytearray:
+    ) -> memoryview:
         """``progress`` is called with the number of bytes of each piece as it arrives."""
         path = self._blob_path(check_name(tenant, param="tenant"), check_sha256(sha256))
         try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prefixd_store.buffers import READ_PIECE, new_buffer
 from prefixd_store.errors import CorruptBlob, StoreUnavailable
 
 __all__ = [
@@ -153,15 +154,14 @@ def stage_copy(source: Path, file: TempFile, sha256: str) -> None:
     os.fsync(file.fd)  # the slow one, before the store's lock is taken
 
 
-def read_hashed(path: Path, progress: Callable[[int], None] | None) -> tuple[bytearray, str]:
-    """The bytes of the file and their SHA-256. ``progress`` gets the size of each piece."""
+def read_hashed(path: Path, progress: Callable[[int], None] | None) -> tuple[memoryview, str]:
+    """The bytes of the file, read once, and their SHA-256. ``progress`` gets each piece's size."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        data = bytearray(os.fstat(file.fileno()).st_size)
-        view = memoryview(data)
+        data = new_buffer(os.fstat(file.fileno()).st_size)
         done = 0
-        while done < len(data) and (count := file.readinto(view[done : done + PIECE])):
-            digest.update(view[done : done + count])
+        while done < len(data) and (count := file.readinto(data[done : done + READ_PIECE])):
+            digest.update(data[done : done + count])
             done += count
             if progress:
                 progress(count)

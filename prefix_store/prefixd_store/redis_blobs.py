@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefixd_store.buffers import new_buffer
 from prefixd_store.errors import CorruptBlob
 from prefixd_store.redis_scripts import RETIRE, TOUCH
 
@@ -86,17 +87,18 @@ class Blobs:
             raise CorruptBlob(f"{source} hashes to {digest.hexdigest()}, its record says {sha256}")
         return copy
 
-    def read(self, copy: Copy, progress: Callable[[int], None] | None) -> bytearray | None:
+    def read(self, copy: Copy, progress: Callable[[int], None] | None) -> memoryview | None:
         """The bytes, None if a chunk is missing; CorruptBlob if they are not those of the hash."""
         digest = hashlib.sha256()
-        data = bytearray(copy.bytes)
+        data = new_buffer(copy.bytes)
         done = 0
         for key in self._chunk_keys(copy):
             chunk = self._client.get(key)
             if chunk is None:
                 return None
             digest.update(chunk)
-            data[done : done + len(chunk)] = chunk
+            room = data[done : done + len(chunk)]
+            room[:] = chunk[: len(room)]  # a longer one is damaged, which the hash tells
             done += len(chunk)
             if progress:
                 progress(len(chunk))

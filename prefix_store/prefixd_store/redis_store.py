@@ -24,6 +24,7 @@ from prefixd_store.base import (
     damaged_record,
     make_change,
 )
+from prefixd_store.buffers import READ_PIECE
 from prefixd_store.errors import CorruptBlob, InvalidRequest, NotFound, StoreUnavailable
 from prefixd_store.mutations import Mutation, decode, encode
 from prefixd_store.records import Event, TaskRecord, VersionRecord, check_name
@@ -53,7 +54,7 @@ class RedisStore(RecordStore):
         *,
         name: str = "Redis",
         namespace: str = "prefixd",
-        chunk_bytes: int = 16 << 20,
+        chunk_bytes: int = READ_PIECE,
         max_events: int = 100_000,
         require_aof: bool = False,
     ) -> None:
@@ -75,7 +76,7 @@ class RedisStore(RecordStore):
         url: str,
         *,
         namespace: str = "prefixd",
-        chunk_bytes: int = 16 << 20,
+        chunk_bytes: int = READ_PIECE,
         max_events: int = 100_000,
         require_aof: bool = False,
         **client_options: Any,
@@ -225,7 +226,7 @@ class RedisStore(RecordStore):
     # --- blobs -----------------------------------------------------------------------------------
     def read_blob(
         self, tenant: str, sha256: str, *, progress: Callable[[int], None] | None = None
-    ) -> bytearray:
+    ) -> memoryview:
         """``progress`` is called with the number of bytes of each piece as it arrives."""
         check_name(tenant, param="tenant")
         check_sha256(sha256)

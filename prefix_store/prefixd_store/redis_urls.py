@@ -24,6 +24,7 @@ from redis.connection import SSLConnection, parse_url
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
+from prefixd_store.buffers import READ_PIECE
 from prefixd_store.errors import InvalidRequest
 
 __all__ = ["connect", "public_url"]
@@ -67,6 +68,8 @@ def _defaults() -> dict[str, Any]:
         "retry": retry,
         "socket_connect_timeout": CONNECT_TIMEOUT,
         "socket_timeout": SOCKET_TIMEOUT,
+        # By 64 KiB, redis-py's default, a prefix takes hundreds of turns at the interpreter's lock.
+        "socket_read_size": READ_PIECE,
     }
 
 

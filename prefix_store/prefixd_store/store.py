@@ -96,8 +96,9 @@ class Store(ABC):
     @abstractmethod
     def read_blob(
         self, tenant: str, sha256: str, *, progress: Callable[[int], None] | None = None
-    ) -> bytearray:
-        """The whole blob, checked against its SHA-256. Raises NotFound, CorruptBlob."""
+    ) -> memoryview:
+        """The whole blob, in writable memory, checked against its SHA-256. Raises NotFound,
+        CorruptBlob."""
 
     # --- upkeep ----------------------------------------------------------------------------------
     @abstractmethod

@@ -39,7 +39,7 @@ class FaultyStore(DiskStore):
 
     def read_blob(
         self, tenant: str, sha256: str, *, progress: Callable[[int], None] | None = None
-    ) -> bytearray:
+    ) -> memoryview:
         self.reads[sha256] += 1
         if sha256 in self.gates:
             self.gates[sha256].wait()

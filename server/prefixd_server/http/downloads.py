@@ -70,13 +70,12 @@ def _headers(name: str, etag: str, size: int) -> dict[str, str]:
     }
 
 
-async def _pieces(blob: bytearray) -> AsyncIterator[bytes]:
-    view = memoryview(blob)
+async def _pieces(blob: memoryview) -> AsyncIterator[bytes]:
     for begin in range(0, len(blob), _PIECE):
-        yield bytes(view[begin : begin + _PIECE])
+        yield bytes(blob[begin : begin + _PIECE])
 
 
-def _peft_zip(blob: bytearray, spool: Path, encoder_decoder: bool) -> BinaryIO:
+def _peft_zip(blob: memoryview, spool: Path, encoder_decoder: bool) -> BinaryIO:
     """A file with no name, so that it is gone with its last reader."""
     archive: BinaryIO = TemporaryFile(dir=spool)  # noqa: SIM115
     with TemporaryDirectory(prefix="export-", dir=spool) as name:

@@ -44,9 +44,13 @@ class KVPool:
         self.page_size = page_size
         self.dtype = dtype
         self.device = device
-        shape = (num_pages * page_size, num_kv_heads, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        # All layers in one tensor, so that a page of a prefix is one strided copy.
+        shape = (num_layers, num_pages * page_size, num_kv_heads, head_dim)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = list(self._keys)
+        self.values = list(self._values)
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @staticmethod
     def bytes_per_page(
@@ -74,15 +78,29 @@ class KVPool:
         ``dtype`` names the arrays' type (bfloat16 comes as uint16 bit patterns). Safe on any
         thread: the pages were reserved for this copy, and it is complete when the call returns.
         """
-        num_tokens = key.shape[2]
-        slots = torch.from_numpy(slots_of(pages, num_tokens, self.page_size)).to(self.device)
-        for pool, array in ((self.keys, key), (self.values, value)):
-            source = _as_tensor(array, dtype)
-            for layer, target in zip(source, pool, strict=False):
-                rows = layer.to(self.device, self.dtype).transpose(0, 1)  # [P, H_kv, D]
-                target.index_copy_(0, slots, rows)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        tensors = (self._keys, _as_tensor(key, dtype)), (self._values, _as_tensor(value, dtype))
+        if self._copy_stream is None:
+            for pool, source in tensors:
+                self._write_pages(pool, pages, source)
+            return
+        # Beside the engine's steps, but after those queued so far, which may read the pages yet.
+        self._copy_stream.wait_stream(torch.cuda.default_stream(self.device))
+        with torch.cuda.stream(self._copy_stream):
+            slots = torch.from_numpy(slots_of(pages, key.shape[2], self.page_size)).to(self.device)
+            for pool, source in tensors:
+                rows = source.to(self.device).to(self.dtype).transpose(1, 2)  # [L, P, H_kv, D]
+                pool[: len(rows)].index_copy_(1, slots, rows)
+        self._copy_stream.synchronize()
+
+    def _write_pages(self, pool: Tensor, pages: Sequence[int], source: Tensor) -> None:
+        """In numpy, which lets go of the interpreter's lock as torch does and, unlike torch, starts
+        no threads that take the cores from the engine's."""
+        rows = _bits(source.to(self.dtype)).swapaxes(1, 2)  # [L, P, H_kv, D]
+        target = _bits(pool)
+        for page, start in zip(pages, range(0, rows.shape[1], self.page_size), strict=True):
+            part = rows[:, start : start + self.page_size]
+            slot = page * self.page_size
+            target[: len(rows), slot : slot + part.shape[1]] = part
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages in all layers, each (from, to); no page is in both places."""
@@ -102,6 +120,13 @@ class KVPool:
             for pool in (self.keys, self.values)
         )
         return key.contiguous(), value.contiguous()
+
+
+def _bits(tensor: Tensor) -> npt.NDArray[np.generic]:
+    """The tensor's memory as integers: numpy has no bfloat16."""
+    integer = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    array: npt.NDArray[np.generic] = tensor.view(integer).numpy()
+    return array
 
 
 def _as_tensor(array: npt.NDArray[np.generic], dtype: str) -> Tensor:

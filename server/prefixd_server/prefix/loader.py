@@ -124,7 +124,7 @@ class Loader:
             )
         self._done(completion)
 
-    def _read(self, version: PrefixVersion, deadline: float) -> bytearray:
+    def _read(self, version: PrefixVersion, deadline: float) -> memoryview:
         pause = _FIRST_PAUSE_S
         while True:
             try:
@@ -135,7 +135,7 @@ class Loader:
                     raise
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    def _parse(self, version: PrefixVersion, blob: bytearray) -> HostPrefix:
+    def _parse(self, version: PrefixVersion, blob: memoryview) -> HostPrefix:
         prefix = parse_prefix(blob, self._limits)
         check_fits(prefix.manifest, self._geometry, self._fingerprint)
         if prefix.manifest.num_virtual_tokens != version.num_virtual_tokens:
