@@ -252,16 +252,8 @@ def measure_disturbance(store: Store, arguments: argparse.Namespace) -> Figures:
     figures["step, ms"] = percentiles(step, steps)
     for threads in arguments.load_threads:
         world = Prefixes(store, arguments, threads=threads)
-        stop = threading.Event()
-        loads = [0]
-
-        def keep_loading(world: Prefixes = world, loads: list[int] = loads) -> None:
-            while not stop.is_set():
-                world.load([world.versions[loads[0] % len(world.versions)]])
-                loads[0] += 1
-                stop.wait(1 / arguments.rate)
-
-        loader = threading.Thread(target=keep_loading)
+        stop, loads = threading.Event(), [0]
+        loader = threading.Thread(target=keep_loading, args=(world, arguments.rate, loads, stop))
         loader.start()
         start = time.perf_counter()
         figures[f"step beside loads, {threads} threads, ms"] = percentiles(step, steps)
@@ -270,6 +262,13 @@ def measure_disturbance(store: Store, arguments: argparse.Namespace) -> Figures:
         loader.join()
         figures[f"loads a second meanwhile, {threads} threads"] = f"{rate:.1f}"
     return figures
+
+
+def keep_loading(world: Prefixes, rate: float, loads: list[int], stop: threading.Event) -> None:
+    while not stop.is_set():
+        world.load([world.versions[loads[0] % len(world.versions)]])
+        loads[0] += 1
+        stop.wait(1 / rate)
 
 
 def make_step() -> Callable[[], None]:
@@ -301,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", choices=["disk", "redis"], nargs="+", default=["disk", "redis"])
     parser.add_argument("--tasks", type=int, default=10_000)
-    parser.add_argument("--prefixes", type=int, default=256, help="tasks with a prefix of their own")
+    parser.add_argument("--prefixes", type=int, default=256, help="tasks with one of their own")
     parser.add_argument("--tokens", type=int, default=20, help="virtual tokens of those")
     parser.add_argument("--device-prefixes", type=int, default=64)
     parser.add_argument("--load-threads", type=int, nargs="+", default=[1, 2, 4])

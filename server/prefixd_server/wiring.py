@@ -63,6 +63,7 @@ class Server:
         self.mailbox = Mailbox(config.scheduler.max_queue)
         self.registry = Registry(self.store, config.limits)
         pool = _make_pool(self.model, config.cache)
+        self._page_bytes = pool.num_bytes // pool.num_pages
         self.allocator = PageAllocator(pool.num_pages, pool.page_size)
         self.residency = Residency(
             self.store,
@@ -178,6 +179,12 @@ class Server:
             kv_cache_usage=self.allocator.num_used / self.allocator.num_pages,
             preemptions=self.engine.scheduler.num_preemptions,
             resident={str(tier): count for tier, count in self.residency.resident.items()},
+            resident_bytes={
+                "device": self.residency.device_pages * self._page_bytes,
+                "host": self.residency.host_bytes,
+            },
+            loads=self.residency.loads,
+            tasks=self.registry.num_tasks,
         )
 
     def _collect_garbage(self) -> None:

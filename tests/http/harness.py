@@ -189,7 +189,16 @@ def stack(root: Path, config: Config | None = None) -> Iterator[Stack]:
     frontend = Frontend(mailbox, codec, max_model_len=MAX_MODEL_LEN, observer=metrics)
     engine = EchoEngine(mailbox, registry)
     metrics.bind_engine(
-        lambda: EngineGauges(len(engine.running), 0, 0.25, 0, {"device": 1, "host": 2})
+        lambda: EngineGauges(
+            len(engine.running),
+            0,
+            0.25,
+            0,
+            resident={"device": 1, "host": 2},
+            resident_bytes={"device": 100, "host": 200},
+            loads={"queued": 0, "fetching": 0, "copying": 0},
+            tasks=1,
+        )
     )
     registry.on_change(metrics.task_changed)
     model = ModelInfo(

@@ -33,7 +33,10 @@ NAMES = {
     "vllm:prompt_tokens_total",
     "vllm:generation_tokens_total",
     "vllm:request_success_total",
+    "prefixd_tasks",
     "prefixd_prefix_resident",
+    "prefixd_prefix_resident_bytes",
+    "prefixd_prefix_loads",
     "prefixd_prefix_evictions_total",
     "prefixd_swaps_total",
     "prefixd_task_requests_total",
@@ -65,6 +68,10 @@ def test_metrics_of_a_request(client: httpx.Client, task: str) -> None:
     assert grown("prefixd_task_tokens_total", task, "default") == 3
     assert after["vllm:kv_cache_usage_perc", "tiny"] == 0.25
     assert after["prefixd_prefix_resident", "host"] == 2
+    assert after["prefixd_prefix_resident_bytes", "host"] > 0
+    assert after["prefixd_prefix_resident_bytes", "device"] > 0
+    assert after["prefixd_prefix_loads", "fetching"] == 0
+    assert after["prefixd_tasks",] >= 1
 
 
 def test_paths_make_no_series(client: httpx.Client) -> None:
@@ -112,8 +119,8 @@ def test_residency_s_observer() -> None:
     metrics = Metrics("tiny")
     metrics.hit("device")
     metrics.load_seconds("store", 0.2)
-    metrics.eviction()
+    metrics.eviction("host")
     text = metrics.render().decode()
     assert 'prefixd_prefix_hits_total{tier="device"} 1.0' in text
     assert 'prefixd_prefix_load_seconds_sum{tier="store"} 0.2' in text
-    assert "prefixd_prefix_evictions_total 1.0" in text
+    assert 'prefixd_prefix_evictions_total{tier="host"} 1.0' in text

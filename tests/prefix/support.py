@@ -112,7 +112,7 @@ class CountingObserver:
     def __init__(self) -> None:
         self.hits: Counter[str] = Counter()
         self.loads: Counter[str] = Counter()
-        self.evictions = 0
+        self.evictions: Counter[str] = Counter()
 
     def hit(self, tier: str) -> None:
         self.hits[tier] += 1
@@ -121,8 +121,8 @@ class CountingObserver:
         assert seconds >= 0
         self.loads[tier] += 1
 
-    def eviction(self) -> None:
-        self.evictions += 1
+    def eviction(self, tier: str) -> None:
+        self.evictions[tier] += 1
 
 
 def tensors(num_tokens: int, seed: int, dtype: str = "float32") -> dict[str, PrefixArray]:

@@ -105,7 +105,7 @@ def test_hits_count_where_each_request_found_its_prefix(tmp_path: Path) -> None:
     assert world.state(a) is S.HOST
     world.visit(a)
     assert world.observer.hits == {"store": 1, "device": 1, "host": 1}
-    assert world.observer.evictions == 1
+    assert world.observer.evictions == {"device": 1}
     assert world.store.reads[a.sha256] == 1
 
 

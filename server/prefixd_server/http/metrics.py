@@ -50,6 +50,12 @@ class EngineGauges(NamedTuple):
     preemptions: int
     resident: Mapping[str, int]
     """tier (``device``, ``host``) → prefixes there"""
+    resident_bytes: Mapping[str, int]
+    """tier → bytes that they take"""
+    loads: Mapping[str, int]
+    """state (``queued``, ``fetching``, ``copying``) → loads in it"""
+    tasks: int
+    """registered, of all tenants"""
 
 
 class Metrics:
@@ -101,7 +107,11 @@ class Metrics:
             "prefixd_prefix_load_seconds", "A prefix's load out of a tier.", _LOAD, "tier"
         )
         self._hits = counter("prefixd_prefix_hits", "Where requests found their prefix.", "tier")
-        self._evictions = counter("prefixd_prefix_evictions", "Prefixes that lost their pages.")
+        self._evictions = counter(
+            "prefixd_prefix_evictions", "Prefixes that lost their place in a tier.", "tier"
+        )
+        for tier in ("device", "host"):  # a rate needs the zero before the first
+            self._evictions.labels(tier)
         self._swaps = counter("prefixd_swaps", "Changes of what a task name means.")
 
     def bind_engine(self, read: Callable[[], EngineGauges]) -> None:
@@ -146,8 +156,8 @@ class Metrics:
     def load_seconds(self, tier: str, seconds: float) -> None:
         self._load.labels(tier).observe(seconds)
 
-    def eviction(self) -> None:
-        self._evictions.inc()
+    def eviction(self, tier: str) -> None:
+        self._evictions.labels(tier).inc()
 
     # --- http ------------------------------------------------------------------------------------
     def http_request(self, method: str, route: str, status: int) -> None:
@@ -186,14 +196,27 @@ class _EngineCollector(Collector):
         )
         preempted.add_metric([self._model_name], now.preemptions)
         yield preempted
+        tasks = GaugeMetricFamily("prefixd_tasks", "Tasks registered.", labels=[])
+        tasks.add_metric([], now.tasks)
+        yield tasks
         resident = GaugeMetricFamily(
             "prefixd_prefix_resident", "Prefixes in a tier.", labels=["tier"]
         )
-        for tier, count in sorted(now.resident.items()):
-            resident.add_metric([tier], count)
-        yield resident
+        yield _filled(resident, now.resident)
+        taken = GaugeMetricFamily(
+            "prefixd_prefix_resident_bytes", "Memory that a tier's prefixes take.", labels=["tier"]
+        )
+        yield _filled(taken, now.resident_bytes)
+        loads = GaugeMetricFamily("prefixd_prefix_loads", "Loads under way.", labels=["state"])
+        yield _filled(loads, now.loads)
 
     def _gauge(self, name: str, help: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, help, labels=["model_name"])
         family.add_metric([self._model_name], value)
         return family
+
+
+def _filled(family: GaugeMetricFamily, values: Mapping[str, int]) -> GaugeMetricFamily:
+    for label, value in sorted(values.items()):
+        family.add_metric([label], value)
+    return family

@@ -52,6 +52,10 @@ class KVPool:
         self.values = list(self._values)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @property
+    def num_bytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
     @staticmethod
     def bytes_per_page(
         num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype

@@ -6,8 +6,8 @@ import enum
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
-from prefixd_server.errors import PrefixdError
-from prefixd_server.kv.allocator import pages_for
+from prefixd_server.errors import InvalidRequest, PrefixdError
+from prefixd_server.kv.allocator import PageAllocator, pages_for
 from prefixd_server.prefix.lifecycle import NEW, LifeEvent, advance
 from prefixd_server.types import PrefixKey, PrefixState, PrefixVersion
 
@@ -19,6 +19,7 @@ __all__ = [
     "ResidencyObserver",
     "SitePages",
     "Tier",
+    "check_size",
     "num_prefix_pages",
 ]
 
@@ -34,8 +35,8 @@ class ResidencyObserver(Protocol):
     def load_seconds(self, tier: Tier, seconds: float) -> None:
         """A load out of ``tier`` took so long: ``store`` → host memory, ``host`` → pages."""
 
-    def eviction(self) -> None:
-        """A prefix lost its pages to others."""
+    def eviction(self, tier: Tier) -> None:
+        """A prefix lost its pages (``device``) or its host copy (``host``) to others."""
 
 
 class NoObserver:
@@ -43,7 +44,7 @@ class NoObserver:
 
     def load_seconds(self, tier: Tier, seconds: float) -> None: ...
 
-    def eviction(self) -> None: ...
+    def eviction(self, tier: Tier) -> None: ...
 
 
 class Blocked(enum.Enum):
@@ -63,6 +64,17 @@ class SitePages(NamedTuple):
 
 def num_prefix_pages(version: PrefixVersion, page_size: int) -> int:
     return sum(pages_for(length, page_size) for length in version.sites)
+
+
+def check_size(version: PrefixVersion, allocator: PageAllocator) -> None:
+    """Raise InvalidRequest for a prefix that is larger than the whole pool."""
+    if num_prefix_pages(version, allocator.page_size) > allocator.num_pages:
+        raise InvalidRequest(
+            f"version {version.version} of task {version.task!r} has {sum(version.sites)} virtual"
+            " tokens; the whole KV cache has room for"
+            f" {allocator.num_pages * allocator.page_size}",
+            param="task",
+        )
 
 
 class Entry:

@@ -26,6 +26,7 @@ class LoadQueue:
         self, loader: Loader, *, max_fetches: int, timeout_s: float, executor: Executor | None
     ) -> None:
         self.num_fetching = 0
+        self.num_copying = 0
         self._loader = loader
         self._max_fetches = max_fetches
         self._timeout_s = timeout_s
@@ -36,6 +37,15 @@ class LoadQueue:
 
     def __contains__(self, key: PrefixKey) -> bool:
         return key in self._waiting
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Loads that wait for their turn, read from the store, and copy into pages."""
+        return {
+            "queued": len(self._waiting),
+            "fetching": self.num_fetching,
+            "copying": self.num_copying,
+        }
 
     def want(self, version: PrefixVersion) -> None:
         """Queue a fetch, once; its time starts to run now."""
@@ -53,11 +63,13 @@ class LoadQueue:
             yield key
 
     def copy(self, key: PrefixKey, pages: SitePages, prefix: HostPrefix) -> None:
+        self.num_copying += 1
         self._copier.submit(self._loader.copy, key, pages, prefix)
 
     def close(self) -> None:
         """Waits for the jobs that run; starts no more."""
         self._waiting.clear()
+        self.num_fetching = self.num_copying = 0
         self._loader.close()
         for threads in self._threads:
             threads.shutdown(wait=True, cancel_futures=True)

@@ -61,6 +61,9 @@ class Mirror:
     def count(self, tenant: str) -> int:
         return len(self._names.get(tenant, ()))
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def keys(self) -> set[TaskKey]:
         with self._lock:
             return set(self._records)

@@ -52,6 +52,11 @@ class Registry:
         """Whether the mirror follows the store, for readiness."""
         return self._feed.health
 
+    @property
+    def num_tasks(self) -> int:
+        """Of all tenants."""
+        return len(self._mirror)
+
     def on_change(self, listener: ChangeListener) -> None:
         """Call ``listener(old, new)`` for all there is (old is None) and then for each change.
 

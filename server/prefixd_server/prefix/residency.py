@@ -29,7 +29,7 @@ from concurrent.futures import Executor
 from typing import NamedTuple, TypeVar
 
 from prefixd_server.config import CacheConfig
-from prefixd_server.errors import InvalidRequest, PrefixdError
+from prefixd_server.errors import PrefixdError
 from prefixd_server.kv.allocator import PageAllocator
 from prefixd_server.prefix.device_tier import DeviceTier
 from prefixd_server.prefix.entry import (
@@ -39,7 +39,7 @@ from prefixd_server.prefix.entry import (
     NoObserver,
     ResidencyObserver,
     Tier,
-    num_prefix_pages,
+    check_size,
 )
 from prefixd_server.prefix.host_cache import HostCache, HostPrefix
 from prefixd_server.prefix.lifecycle import LifeEvent, advance
@@ -100,12 +100,7 @@ class Residency:
         """FAILED entries, kept so that their error is told until a retry is due; oldest first"""
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         loader = Loader(
-            store,
-            pool,
-            geometry=geometry,
-            fingerprint=fingerprint,
-            limits=limits,
-            done=self._post,
+            store, pool, geometry=geometry, fingerprint=fingerprint, limits=limits, done=self._post
         )
         self._loads = LoadQueue(
             loader, max_fetches=cache.load_threads, timeout_s=load_timeout_s, executor=executor
@@ -123,14 +118,26 @@ class Residency:
         """How many prefixes each tier holds; one with a copy in both counts in both."""
         return {"device": len(self._device), "host": len(self._cache) + len(self._transit)}
 
+    @property
+    def host_bytes(self) -> int:
+        """What the prefixes in host memory take."""
+        return self._cache.num_bytes + sum(p.nbytes for p in list(self._transit.values()))
+
+    @property
+    def device_pages(self) -> int:
+        """Pages that prefixes own."""
+        return self._device.num_pages
+
+    @property
+    def loads(self) -> dict[str, int]:
+        return self._loads.counts
+
     def retire(self, key: PrefixKey) -> None:
-        """No version names the prefix any more: from the next poll on, it is dropped as soon as
-        nothing holds it."""
+        """No version names it any more: once nothing holds it, from the next poll on, it goes."""
         self._post(_Retire(key))
 
     def set_pinned(self, key: PrefixKey, pinned: bool) -> None:
-        """Whether a pinned task's traffic goes to the prefix, from the next poll on; see
-        :meth:`make_room`."""
+        """Whether a pinned task's traffic goes to it, from the next poll on (:meth:`make_room`)."""
         self._post(_SetPinned(key, pinned))
 
     # --- the engine ------------------------------------------------------------------------------
@@ -221,6 +228,7 @@ class Residency:
             }.get(entry.place)
             assert allowed is None or tiers in allowed, f"{key} {entry.life}: {tiers}"
         assert self._loads.num_fetching == sum(e.fetching for e in self._entries.values())
+        assert self._loads.num_copying == sum(e.copying for e in self._entries.values())
         assert len(self._device) == sum(bool(e.pages) for e in self._entries.values())
         assert len(self._cache) == sum(key in self._cache for key in self._entries)
         for key in self._transit:
@@ -247,7 +255,7 @@ class Residency:
         assert not self._closed
         entry = self._entries.get(version.key)
         if entry is None:
-            _check_size(version, self._allocator)
+            check_size(version, self._allocator)
             entry = self._entries[version.key] = Entry(version, self._allocator.page_size)
         return entry
 
@@ -266,11 +274,12 @@ class Residency:
         dropped = self._cache.put(key, prefix)
         for old_key, old in [(key, prefix)] if dropped is None else dropped:
             entry = self._entries[old_key]
-            if entry.place is not PrefixState.HOST:
-                continue  # in its pages, or on the way there with the copy in the job's hands
-            if entry.pins:
+            in_host = entry.place is PrefixState.HOST  # or in its pages, or on the way there
+            if in_host and entry.pins:
                 self._transit[old_key] = old
-            else:
+                continue
+            self._observer.eviction("host")
+            if in_host:
                 entry.advance(LifeEvent.DROP_HOST)
                 self._settle(entry)
 
@@ -299,7 +308,7 @@ class Residency:
             self._settle(entry)
 
     def _evicted(self, entry: Entry) -> None:
-        self._observer.eviction()
+        self._observer.eviction("device")
         in_cache = entry.key in self._cache
         entry.advance(LifeEvent.EVICT if in_cache else LifeEvent.EVICT_ALL)
         self._settle(entry)
@@ -308,6 +317,7 @@ class Residency:
     def _complete(self, completion: Completion) -> None:
         entry = self._entries[completion.key]
         self._loads.num_fetching -= entry.fetching
+        self._loads.num_copying -= entry.copying
         match completion:
             case Fetched(key, prefix, seconds):
                 self._observer.load_seconds("store", seconds)
@@ -377,16 +387,6 @@ class Residency:
         if self._engine_thread is None:
             self._engine_thread = me
         assert self._engine_thread == me, "residency belongs to the engine thread"
-
-
-def _check_size(version: PrefixVersion, allocator: PageAllocator) -> None:
-    if num_prefix_pages(version, allocator.page_size) > allocator.num_pages:
-        raise InvalidRequest(
-            f"version {version.version} of task {version.task!r} has {sum(version.sites)} virtual"
-            " tokens; the whole KV cache has room for"
-            f" {allocator.num_pages * allocator.page_size}",
-            param="task",
-        )
 
 
 def _drain(inbox: queue.SimpleQueue[_T]) -> Iterator[_T]:
