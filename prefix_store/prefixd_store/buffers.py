@@ -17,4 +17,4 @@ def new_buffer(size: int) -> memoryview:
     A bytearray would be zeroed first, under the interpreter's lock; these pages come into being
     where they are filled, mostly in a system call that other threads need not wait for.
     """
-    return memoryview(np.empty(size, np.uint8))
+    return np.empty(size, np.uint8).data

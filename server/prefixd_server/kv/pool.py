@@ -50,7 +50,9 @@ class KVPool:
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self.keys = list(self._keys)
         self.values = list(self._values)
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copy_stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def num_bytes(self) -> int:
