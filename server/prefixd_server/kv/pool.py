@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from prefixd_server.kv.transfer import copy_rows_aside
+
 __all__ = ["TORCH_DTYPES", "KVPool", "slots_of"]
 
 TORCH_DTYPES = {
@@ -47,6 +49,9 @@ class KVPool:
         shape = (num_pages * page_size, num_kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._aside: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def bytes_per_page(
@@ -75,14 +80,15 @@ class KVPool:
         thread: the pages were reserved for this copy, and it is complete when the call returns.
         """
         num_tokens = key.shape[2]
-        slots = torch.from_numpy(slots_of(pages, num_tokens, self.page_size)).to(self.device)
+        slots = torch.from_numpy(slots_of(pages, num_tokens, self.page_size))
         for pool, array in ((self.keys, key), (self.values, value)):
-            source = _as_tensor(array, dtype)
-            for layer, target in zip(source, pool, strict=False):
-                rows = layer.to(self.device, self.dtype).transpose(0, 1)  # [P, H_kv, D]
-                target.index_copy_(0, slots, rows)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+            source = list(_as_tensor(array, dtype))
+            targets = pool[: len(source)]
+            if self._aside is not None:
+                copy_rows_aside(source, targets, slots, self._aside)
+                continue
+            for layer, target in zip(source, targets, strict=True):
+                target.index_copy_(0, slots, layer.to(self.dtype).transpose(0, 1))  # [P, H_kv, D]
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages in all layers, each (from, to); no page is in both places."""
