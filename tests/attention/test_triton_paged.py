@@ -181,10 +181,14 @@ def test_a_plan_says_when_page_lists_do_not_fit() -> None:
     assert not plan.fits(step.spans * 65)
 
 
+def _cosines(relative: Tensor) -> Tensor:
+    return torch.stack([(relative * 0.1).cos(), (relative * 0.3).cos()], -1)
+
+
 def test_what_the_kernel_cannot_do_goes_to_the_reference(caplog: pytest.LogCaptureFixture) -> None:
     step = make_step(MIXED, Heads(1, 2, 8))
     backend = create_backend("triton", step.pool)
-    layer = LayerOptions(0.3, relative_bias=lambda relative: (relative[..., None] * 0.1).cos())
+    layer = LayerOptions(0.3, relative_bias=_cosines)
     with caplog.at_level("INFO"):
         found = [
             backend.plan(step.spans).attend(LAYER, step.query, step.key, step.value, layer)

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 from prefixd_server.attention import LayerOptions, StepPlan, create_backend, interface
 from prefixd_server.attention.interface import PlanNotPassed, carry_plan_on_mask
 from prefixd_server.engine.cuda_graphs import CudaGraphRunner, bucket_sizes
-from tests.engine.test_runner import CPU, Loop, Models, fill, one_thread
+from tests.engine.test_runner import CPU, Loop, Models, one_thread
 from tests.support.families import FAMILIES, VOCAB
 
 __all__ = ["one_thread"]
@@ -69,12 +69,14 @@ def loop(models: Models) -> Iterator[Loop]:
 
 
 def test_padded_decodes_give_the_dense_models_logits(loop: Loop) -> None:
-    fill(loop)
+    moved = loop.add_prefix("moved", 7, query_offset=7)
+    unmoved = loop.add_prefix("unmoved", 9, query_offset=0)
+    for i, prefix in enumerate([None, moved, unmoved]):
+        loop.add([3 + i, 4, 5], 4 + i, prefix)
     loop.run_all()
     for answer in loop.answers:
         loop.check(answer)
     assert isinstance(loop.runner, Replay)
-    # All six at first, which are more than the largest bucket; then fewer and fewer, padded.
     assert set(loop.runner.rows) == {4, 2, 1}
 
 
@@ -99,10 +101,6 @@ class NoPlan(StepPlan):
         return torch.empty(*query.shape[:2], value.shape[2], device="meta", dtype=query.dtype)
 
 
-LOOK_AT_VALUES = {"Mixtral", "Qwen3-MoE"}
-"""experts by what the tokens are: no graph holds that, and they decode without"""
-
-
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_familys_decode_never_looks_at_its_values(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -116,7 +114,7 @@ def test_a_familys_decode_never_looks_at_its_values(
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCAB}
     config = CONFIG_MAPPING[family.model_type](**special, **family.options)
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     module.set_attn_implementation(interface.IMPLEMENTATION)
     inputs = {
         "input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta"),
