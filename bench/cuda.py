@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prefixd_server.attention import create_backend, interface
-from prefixd_server.engine.cuda_graphs import CudaGraphRunner
+from prefixd_server.engine.cuda_graphs import CudaGraphRunner, bucket_sizes
 from prefixd_server.engine.runner import ModelRunner
 from prefixd_server.engine.scheduler import Scheduled
 from prefixd_server.engine.sequence import Sequence as Running
@@ -202,7 +202,7 @@ def runners(module: Any, batch: Batch, device: torch.device) -> dict[str, ModelR
         paged = create_backend("triton", batch.pool)
         found["triton"] = ModelRunner(module, paged, device)
         graphs = CudaGraphRunner(module, paged, device, max_num_seqs=len(batch.step))
-        graphs.capture()
+        graphs.capture(bucket_sizes(len(batch.step))[:1])
         found["triton, graphs"] = graphs
     return found
 
@@ -251,17 +251,26 @@ def measure(
         Console(stderr=True).print(f"{name} {case} {load}: {step_ms:.2f} ms", style="dim")
 
     for load in loads:
-        batch = Batch(module, geometry, load, device)
-        for case, runner in runners(module, batch, device).items():
-            if case == "sdpa" and device.type == "cuda" and load.batch > 32:
-                continue  # it gathers all keys; the small batches tell enough
-            note(case, load, median_ms(partial(runner.run, batch.step), device, repeats))
+        for case, step_ms in _steps_ms(module, geometry, load, device, repeats).items():
+            note(case, load, step_ms)
         _free(device)
         base = Load(load.batch, 0, 0, load.context)
         if not load.prefix:
             note("transformers generate", base, _generate_ms(module, geometry, base, device))
     results += _vllm(name, module, geometry, loads, speed, dtype, device)
     return results
+
+
+def _steps_ms(
+    module: Any, geometry: Geometry, load: Load, device: torch.device, repeats: int
+) -> dict[str, float]:
+    batch = Batch(module, geometry, load, device)
+    return {
+        case: median_ms(partial(runner.run, batch.step), device, repeats)
+        for case, runner in runners(module, batch, device).items()
+        # The reference gathers all keys; small batches tell enough of it.
+        if case != "sdpa" or device.type == "cpu" or load.batch <= 32
+    }
 
 
 def _generate_ms(module: Any, geometry: Geometry, load: Load, device: torch.device) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 from collections.abc import Callable
@@ -119,7 +118,7 @@ class Server:
 
     def _make_engine(self, pool: KVPool) -> Engine:
         config, model = self.config, self.model
-        backend = create_backend(_attention_backend(config.model, model.device), pool)
+        backend = _make_backend(config.model, pool)
         max_num_seqs = config.scheduler.max_num_seqs
         max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         return Engine(
@@ -199,17 +198,23 @@ def _prefix_limits(config: Config) -> Limits:
     )
 
 
-def _attention_backend(config: ModelConfig, device: torch.device) -> str:
-    if config.attention == "triton" and device.type != "cuda":
+def _make_backend(config: ModelConfig, pool: KVPool) -> AttentionBackend:
+    """The paged kernel on CUDA, or the reference where it cannot run and was not asked for."""
+    name, cuda = config.attention, pool.device.type == "cuda"
+    if name == "sdpa" or (name == "auto" and not cuda):
+        return create_backend("sdpa", pool)
+    if not cuda:
         raise UnsupportedModel("--attention triton needs a CUDA device")
-    if config.attention != "auto":
-        return config.attention
-    if device.type != "cuda":
-        return "sdpa"
-    if importlib.util.find_spec("triton") is None:
-        log.warning("triton is not installed: attention runs on the slow reference backend")
-        return "sdpa"
-    return "triton"
+    try:
+        backend = create_backend("triton", pool)
+        backend.check()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if name == "triton":
+            raise UnsupportedModel(f"--attention triton: {reason}") from error
+        log.warning("attention runs on the slow reference backend; triton failed: %s", reason)
+        return create_backend("sdpa", pool)
+    return backend
 
 
 def _make_runner(config: Config, model: LoadedModel, backend: AttentionBackend) -> ModelRunner:

@@ -147,6 +147,7 @@ def test_a_decode_plan_serves_step_after_step_from_one_place(
     step = make_step(case, Heads(2, 3, 8))
     plan = create_backend("triton", step.pool).decode_plan(rows, grouped=grouped)
     assert plan is not None
+    create_backend("triton", step.pool).check()
     # What a capture does first: a step of nobody.
     spans, step.spans = step.spans, []
     before = [tensor.clone() for tensor in (step.pool.keys[LAYER], step.pool.values[LAYER])]

@@ -38,7 +38,7 @@ class Replay(CudaGraphRunner):
     def __init__(self, loop: Loop, max_num_seqs: int) -> None:
         backend = create_backend("triton", loop.pool)
         super().__init__(loop.models.served, backend, CPU, max_num_seqs=max_num_seqs)
-        self.make_steps()
+        self.make_steps(bucket_sizes(max_num_seqs))
         self.rows: list[int] = []
         self._hook = self.module.register_forward_pre_hook(self._count, with_kwargs=True)
 

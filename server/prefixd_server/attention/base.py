@@ -128,6 +128,9 @@ class AttentionBackend(ABC):
     @abstractmethod
     def plan(self, spans: Sequence[Span]) -> StepPlan: ...
 
+    def check(self) -> None:  # noqa: B027
+        """Raises where the backend cannot run on this machine."""
+
     def decode_plan(self, rows: int, *, grouped: bool) -> DecodePlan | None:
         """None: this backend's launches depend on the step, so no graph can hold them.
 

@@ -63,6 +63,17 @@ class TritonBackend(AttentionBackend):
             processors = 8  # the interpreter's; any number is right
         self._min_programs = processors * _PROGRAMS_PER_PROCESSOR
 
+    def check(self) -> None:
+        """Compile and launch the kernels once, on nothing. Raises what Triton does where it cannot:
+        it needs a C compiler, Python's headers and a device that it knows."""
+        plan = self.decode_plan(1, grouped=True)
+        if plan is not None:
+            pool = self.pool
+            shape = (1, self.num_kv_heads, self.head_dim)
+            nothing = torch.zeros(shape, dtype=pool.dtype, device=pool.device)
+            plan.fill(())
+            plan.attend(0, nothing, nothing, nothing, LayerOptions(1.0))
+
     def plan(self, spans: Sequence[Span]) -> StepPlan:
         return _Plan(self, spans) if self.usable else self.reference.plan(spans)
 

@@ -108,9 +108,12 @@ class CudaGraphRunner(ModelRunner):
         """by rows, and whether prefixes are read by groups"""
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Largest first, since smaller ones fit into the memory that they leave."""
-        self.make_steps()
+    def capture(self, sizes: Seq[int] | None = None) -> None:
+        """``sizes``: of batches, powers of two, descending; default: all that can come.
+
+        Largest first, since smaller ones fit into the memory that they leave.
+        """
+        self.make_steps(sizes or bucket_sizes(self._max_num_seqs))
         memory = torch.cuda.graph_pool_handle()
         try:
             for step in self.steps.values():
@@ -123,8 +126,8 @@ class CudaGraphRunner(ModelRunner):
         else:
             log.info("captured %d CUDA graphs", len(self.steps))
 
-    def make_steps(self) -> None:
-        for rows in bucket_sizes(self._max_num_seqs):
+    def make_steps(self, sizes: Seq[int]) -> None:
+        for rows in sizes:
             for grouped in (False, True)[: 1 + (rows > 1)]:
                 plan = self.backend.decode_plan(rows, grouped=grouped)
                 if plan is not None:
