@@ -25,7 +25,7 @@ class ModelConfig(_Section):
     model: str = Field("demo", description="folder, hub id, or `demo` (SmolLM2-135M-Instruct)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if present")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on the CPU, the checkpoint's own on CUDA"
+        "auto", description="auto: float32 on the CPU, bfloat16 on CUDA"
     )
     max_model_len: int | None = Field(
         None, ge=8, description="longest prefix + prompt + output; default: the model's own"
@@ -33,7 +33,10 @@ class ModelConfig(_Section):
     threads: int | None = Field(None, ge=1, description="CPU threads for torch; default: torch's")
     served_name: str | None = Field(None, description="name shown in /v1/info and in metrics")
     cache_dir: str = Field("~/.cache/prefixd", description="where the converted demo model is kept")
-    attention: Literal["auto", "sdpa"] = Field("auto", description="attention backend")
+    attention: Literal["auto", "sdpa", "triton"] = Field(
+        "auto", description="attention backend; auto: triton on CUDA, sdpa elsewhere"
+    )
+    cuda_graphs: bool = Field(True, description="replay decode steps from CUDA graphs")
 
 
 class CacheConfig(_Section):

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from prefixd_server.attention import AttentionBackend, create_backend
-from prefixd_server.config import CacheConfig, Config
+from prefixd_server.config import CacheConfig, Config, ModelConfig
 from prefixd_server.engine.admission import Admission
+from prefixd_server.engine.cuda_graphs import CudaGraphRunner
 from prefixd_server.engine.engine import Engine
 from prefixd_server.engine.mailbox import Mailbox
 from prefixd_server.engine.runner import ModelRunner
@@ -118,7 +119,7 @@ class Server:
 
     def _make_engine(self, pool: KVPool) -> Engine:
         config, model = self.config, self.model
-        backend = create_backend(_attention_backend(config), pool)
+        backend = _make_backend(config.model, pool)
         max_num_seqs = config.scheduler.max_num_seqs
         max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         return Engine(
@@ -139,7 +140,7 @@ class Server:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
             ),
-            _make_runner(model, backend),
+            _make_runner(config, model, backend),
             Sampler(model.vocab_size, model.eos_token_ids, model.device),
             eos_token_ids=model.eos_token_ids,
         )
@@ -204,13 +205,33 @@ def _prefix_limits(config: Config) -> Limits:
     )
 
 
-def _attention_backend(config: Config) -> str:
-    return "sdpa" if config.model.attention == "auto" else config.model.attention
+def _make_backend(config: ModelConfig, pool: KVPool) -> AttentionBackend:
+    """The paged kernel on CUDA, or the reference where it cannot run and was not asked for."""
+    name, cuda = config.attention, pool.device.type == "cuda"
+    if name == "sdpa" or (name == "auto" and not cuda):
+        return create_backend("sdpa", pool)
+    if not cuda:
+        raise UnsupportedModel("--attention triton needs a CUDA device")
+    try:
+        backend = create_backend("triton", pool)
+        backend.check()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if name == "triton":
+            raise UnsupportedModel(f"--attention triton: {reason}") from error
+        log.warning("attention runs on the slow reference backend; triton failed: %s", reason)
+        return create_backend("sdpa", pool)
+    return backend
 
 
-def _make_runner(model: LoadedModel, backend: AttentionBackend) -> ModelRunner:
+def _make_runner(config: Config, model: LoadedModel, backend: AttentionBackend) -> ModelRunner:
     if model.seq2seq is not None:
         return Seq2SeqRunner(model.seq2seq, backend, model.device)
+    if config.model.cuda_graphs and model.device.type == "cuda":
+        max_num_seqs = config.scheduler.max_num_seqs
+        runner = CudaGraphRunner(model.module, backend, model.device, max_num_seqs=max_num_seqs)
+        runner.capture()
+        return runner
     return ModelRunner(model.module, backend, model.device)
 
 

@@ -47,7 +47,16 @@ class Case(NamedTuple):
 class Step:
     """A pool filled with noise, pages handed out in random order, and one step's new tokens."""
 
-    def __init__(self, case: Case, heads: Heads, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        case: Case,
+        heads: Heads,
+        dtype: torch.dtype = torch.float32,
+        *,
+        backend: str = "sdpa",
+        device: str = "cpu",
+    ) -> None:
+        self.backend = backend
         self.generator = torch.Generator().manual_seed(case.seed)
         size = case.page_size
         own_lens = [spec.context_len + spec.query_len for spec in case.specs]
@@ -60,10 +69,10 @@ class Step:
             num_pages=num_pages,
             page_size=size,
             dtype=dtype,
-            device=torch.device("cpu"),
+            device=torch.device(device),
         )
         for tensor in self.pool.keys + self.pool.values:
-            tensor.normal_(generator=self.generator)
+            tensor.copy_(self._normal(*tensor.shape))
         order = torch.randperm(num_pages, generator=self.generator).tolist()
         pages = [[order.pop() for _ in range(count)] for count in counts]
         prefixes = list(zip(case.prefix_lens, pages, strict=False))
@@ -74,15 +83,15 @@ class Step:
                 SequenceSpan(spec.query_len, spec.context_len, own, prefix_pages, length)
             )
         tokens = sum(span.query_len for span in self.spans)
-        self.query = self._normal(tokens, heads.kv * heads.group, heads.dim).to(dtype)
-        self.key = self._normal(tokens, heads.kv, heads.dim).to(dtype)
-        self.value = self._normal(tokens, heads.kv, heads.dim).to(dtype)
+        self.query = self._normal(tokens, heads.kv * heads.group, heads.dim).to(device, dtype)
+        self.key = self._normal(tokens, heads.kv, heads.dim).to(device, dtype)
+        self.value = self._normal(tokens, heads.kv, heads.dim).to(device, dtype)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
 
     def attend(self, options: LayerOptions) -> Tensor:
-        plan = create_backend("sdpa", self.pool).plan(self.spans)
+        plan = create_backend(self.backend, self.pool).plan(self.spans)
         return plan.attend(LAYER, self.query, self.key, self.value, options)
 
 

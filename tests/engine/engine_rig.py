@@ -71,8 +71,9 @@ class RuleRunner:
     """In the model's place. Each sequence's leased pages must hold its prefix, and its own pages
     its tokens, in every step."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, *, asynchronous: bool) -> None:
         self.world = world
+        self.asynchronous = asynchronous
         self.kv: dict[tuple[int, int], int] = {}
         """(page, offset) → the token that was computed there"""
         self.seeds = {version.key: seed for seed, version in enumerate(world.versions)}
@@ -150,6 +151,7 @@ class Rig:
         max_num_batched_tokens: int = 16,
         max_queue: int = 100,
         by_hand: bool = True,
+        asynchronous: bool = False,
     ) -> None:
         self.world = World(root, sizes, num_pages=num_pages, by_hand=by_hand, load_retry_s=0.0)
         registry = Registry(self.world.store, LimitsConfig())
@@ -158,7 +160,7 @@ class Rig:
         self.now = 0.0
         self.mailbox = Mailbox(max_queue)
         self.mailbox.deliver = self._deliver
-        self.runner = RuleRunner(self.world)
+        self.runner = RuleRunner(self.world, asynchronous=asynchronous)
         allocator, residency = self.world.allocator, self.world.residency
         self.engine = Engine(
             self.mailbox,

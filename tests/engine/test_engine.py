@@ -78,11 +78,15 @@ def check_answer(rig: Rig, request_id: str) -> None:
         assert (finish.reason is FinishReason.EOS) == (tokens[-1] == EOS)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("seed", range(16))
-def test_random_traces_end_every_request_once_and_leak_nothing(seed: int, tmp_path: Path) -> None:
+def test_random_traces_end_every_request_once_and_leak_nothing(
+    seed: int, asynchronous: bool, tmp_path: Path
+) -> None:
     rng = Random(seed)
     rig = Rig(
         tmp_path,
+        asynchronous=asynchronous,
         num_pages=rng.randint(11, 24),
         max_num_seqs=rng.randint(1, 8),
         max_num_batched_tokens=rng.choice([1, 6, 64]),
@@ -113,6 +117,22 @@ def test_the_answer_does_not_depend_on_the_mix(tmp_path: Path) -> None:
 
 
 # --- how a request ends ---------------------------------------------------------------------------
+
+
+def test_outputs_wait_for_the_next_step_where_the_device_computes_beside(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, asynchronous=True)
+    first = rig.submit(PROMPT, max_new_tokens=3)
+    seen = []
+    for _ in range(3):
+        rig.step()
+        seen.append(len(rig.tokens(first)))
+    # The last step has none after it, so it tells all.
+    assert seen == [0, 1, 3]
+    second = rig.submit(PROMPT, max_new_tokens=5)
+    rig.step()
+    rig.engine.close(EngineDead("stopped"))
+    assert len(rig.tokens(second)) == 1
+    assert isinstance(rig.error(second), EngineDead)
 
 
 def test_started_tells_what_was_run(rig: Rig) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
-from prefixd_server.config import CacheConfig, Config, SchedulerConfig, StoreConfig
+from prefixd_server.config import CacheConfig, Config, ModelConfig, SchedulerConfig, StoreConfig
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.models.loader import LoadedModel
 from prefixd_server.types import EngineRequest, Finish, Output, SamplingParams, Started, Token
@@ -62,6 +63,8 @@ class EngineRun:
         page_size: int = 16,
         max_num_seqs: int = 128,
         max_num_batched_tokens: int = 512,
+        attention: Literal["auto", "sdpa", "triton"] = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         geometry = model.geometry
         page = KVPool.bytes_per_page(
@@ -72,6 +75,7 @@ class EngineRun:
             model.dtype,
         )
         config = Config(
+            model=ModelConfig(attention=attention, cuda_graphs=cuda_graphs),
             store=StoreConfig(store=str(store)),
             cache=CacheConfig(kv_cache_bytes=num_pages * page, page_size=page_size),
             scheduler=SchedulerConfig(

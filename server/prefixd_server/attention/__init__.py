@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefixd_server.attention.base import (
     AttentionBackend,
     CrossSpan,
+    DecodePlan,
     LayerOptions,
     SequenceSpan,
     StepPlan,
@@ -14,6 +15,7 @@ from prefixd_server.kv.pool import KVPool
 __all__ = [
     "AttentionBackend",
     "CrossSpan",
+    "DecodePlan",
     "LayerOptions",
     "SequenceSpan",
     "StepPlan",
@@ -27,4 +29,8 @@ def create_backend(name: str, pool: KVPool) -> AttentionBackend:
         from prefixd_server.attention.sdpa import SDPABackend
 
         return SDPABackend(pool)
-    raise ValueError(f"unknown attention backend {name!r}; known: sdpa")
+    if name == "triton":
+        from prefixd_server.attention.triton_paged import TritonBackend
+
+        return TritonBackend(pool)
+    raise ValueError(f"unknown attention backend {name!r}; known: sdpa, triton")

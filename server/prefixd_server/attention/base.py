@@ -23,6 +23,7 @@ from prefixd_server.kv.pool import KVPool
 __all__ = [
     "AttentionBackend",
     "CrossSpan",
+    "DecodePlan",
     "LayerOptions",
     "RelativeBias",
     "SequenceSpan",
@@ -106,9 +107,33 @@ class StepPlan(ABC):
         """
 
 
+class DecodePlan(StepPlan):
+    """A plan for any step of single queries, up to so many, whose metadata stays in fixed buffers:
+    what a CUDA graph can be captured with. T is always the plan's number of rows; those beyond the
+    step's sequences store nothing and come out as zeros."""
+
+    @abstractmethod
+    def fits(self, spans: Sequence[Span]) -> bool:
+        """Whether the buffers hold this step's page lists."""
+
+    @abstractmethod
+    def fill(self, spans: Sequence[Span]) -> None:
+        """Before each run: queue the copies of the step's metadata on the current stream."""
+
+
 class AttentionBackend(ABC):
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
 
     @abstractmethod
     def plan(self, spans: Sequence[Span]) -> StepPlan: ...
+
+    def check(self) -> None:  # noqa: B027
+        """Raises where the backend cannot run on this machine."""
+
+    def decode_plan(self, rows: int, *, grouped: bool) -> DecodePlan | None:
+        """None: this backend's launches depend on the step, so no graph can hold them.
+
+        ``grouped``: sequences of one prefix read it together, as ``work.grouping_pays`` tells.
+        """
+        return None

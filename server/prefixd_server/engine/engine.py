@@ -91,7 +91,8 @@ class Engine:
             self._finish(sequence, Finish(FinishReason.ERROR, error))
         if step.scheduled:
             self._run(step)
-        self._deliver()
+        if not (step.scheduled and self.runner.asynchronous and self.scheduler.running):
+            self._deliver()
         return bool(step.scheduled)
 
     def close(self, error: PrefixdError) -> None:
@@ -170,6 +171,9 @@ class Engine:
             if step.copies:
                 self.runner.copy_pages(step.copies)
             logits = self.runner.run(step.scheduled)
+            if self.runner.asynchronous:
+                # The outputs of the step before: what they set off runs beside the device.
+                self._deliver()
             tokens = self._sample(logits)
             self._note_prompt_logprobs(logits)
             for sequence, count in step.scheduled:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prefixd_server.attention import AttentionBackend, SequenceSpan
 from prefixd_server.engine.scheduler import Scheduled
 from prefixd_server.engine.sequence import Sequence
+from prefixd_server.kv.transfer import to_device
 
 __all__ = ["ModelRunner", "StepLogits", "pack", "span_of"]
 
@@ -31,6 +32,11 @@ class ModelRunner:
         self.backend = backend
         self.device = device
 
+    @property
+    def asynchronous(self) -> bool:
+        """``run`` returns while the device still computes."""
+        return self.device.type == "cuda"
+
     @torch.inference_mode()
     def run(self, step: Seq[Scheduled]) -> StepLogits:
         rows = _LogitRows(step)
@@ -40,10 +46,10 @@ class ModelRunner:
         """Run the model over the packed step; logits [len(keep), V] of the rows ``keep``."""
         tokens, positions = pack(step)
         output = self.module(
-            input_ids=torch.tensor([tokens]).to(self.device),
-            position_ids=torch.tensor([positions]).to(self.device),
+            input_ids=to_device(tokens, self.device)[None],
+            position_ids=to_device(positions, self.device)[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(keep, dtype=torch.int64).to(self.device),
+            logits_to_keep=to_device(keep, self.device),
             attention_plan=self.backend.plan([span_of(item) for item in step]),
         )
         logits: Tensor = output.logits[0]
@@ -105,10 +111,14 @@ class _LogitRows:
 
     def split(self, logits: Tensor) -> StepLogits:
         """logits [len(keep), V]"""
-        index = torch.tensor([row for _, row in self._sampled], dtype=torch.int64)
+        index = [row for _, row in self._sampled]
+        if len(index) < len(logits):
+            next_token = logits.index_select(0, to_device(index, logits.device))
+        else:
+            next_token = logits
         return StepLogits(
             sequences=[sequence for sequence, _ in self._sampled],
-            next_token=logits.index_select(0, index.to(logits.device)),
+            next_token=next_token,
             prompt=[
                 (sequence, logits[row : row + len(targets)], torch.tensor(targets))
                 for sequence, row, targets in self._prompts

@@ -55,8 +55,12 @@ class Sampler:
         ids, valid = self._choose(scores, norm.isfinite(), rows)
         logprobs = scores.gather(1, ids[:, None])[:, 0] - norm
         tops = _alternatives(scores, norm, [row.params.top_n_tokens for row in rows])
-        drawn = zip(ids.tolist(), logprobs.tolist(), tops, valid.tolist(), strict=True)
-        return [Token(id_, logprob, top) if ok else None for id_, logprob, top, ok in drawn]
+        # One copy from the device; a double holds any of the three exactly.
+        drawn = torch.stack([ids.double(), logprobs.double(), valid.double()], 1).tolist()
+        return [
+            Token(int(id_), logprob, top) if ok else None
+            for (id_, logprob, ok), top in zip(drawn, tops, strict=True)
+        ]
 
     def _choose(
         self, scores: Tensor, valid: Tensor, rows: Sequence[SamplingRow]

@@ -6,12 +6,15 @@ offset. Keys are stored as attention sees them, after RoPE, and never rotated ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from prefixd_server.kv.transfer import copy_rows_aside
 
 __all__ = ["TORCH_DTYPES", "KVPool", "slots_of"]
 
@@ -46,13 +49,12 @@ class KVPool:
         self.device = device
         # All layers in one tensor, so that a page of a prefix is one strided copy.
         shape = (num_layers, num_pages * page_size, num_kv_heads, head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._keys, self._values = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
         self.keys = list(self._keys)
         self.values = list(self._values)
-        self._copy_stream: torch.cuda.Stream | None = None
+        self._aside: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def num_bytes(self) -> int:
@@ -84,24 +86,21 @@ class KVPool:
         ``dtype`` names the arrays' type (bfloat16 comes as uint16 bit patterns). Safe on any
         thread: the pages were reserved for this copy, and it is complete when the call returns.
         """
-        tensors = (self._keys, _as_tensor(key, dtype)), (self._values, _as_tensor(value, dtype))
-        if self._copy_stream is None:
-            for pool, source in tensors:
-                self._write_pages(pool, pages, source)
-            return
-        # Beside the engine's steps, but after those queued so far, which may read the pages yet.
-        self._copy_stream.wait_stream(torch.cuda.default_stream(self.device))
-        with torch.cuda.stream(self._copy_stream):
-            slots = torch.from_numpy(slots_of(pages, key.shape[2], self.page_size)).to(self.device)
-            for pool, source in tensors:
-                rows = source.to(self.device).to(self.dtype).transpose(1, 2)  # [L, P, H_kv, D]
-                pool[: len(rows)].index_copy_(1, slots, rows)
-        self._copy_stream.synchronize()
+        slots = torch.from_numpy(slots_of(pages, key.shape[2], self.page_size))
+        for pool, layers, array in (
+            (self._keys, self.keys, key),
+            (self._values, self.values, value),
+        ):
+            if self._aside is None:
+                self._write_pages(pool, pages, _converted(array, dtype, self.dtype))
+            else:
+                source = list(_as_tensor(array, dtype))
+                copy_rows_aside(source, layers[: len(source)], slots, self._aside)
 
     def _write_pages(self, pool: Tensor, pages: Sequence[int], source: Tensor) -> None:
         """In numpy, which lets go of the interpreter's lock as torch does and, unlike torch, starts
         no threads that take the cores from the engine's."""
-        rows = _bits(source.to(self.dtype)).swapaxes(1, 2)  # [L, P, H_kv, D]
+        rows = _bits(source).swapaxes(1, 2)  # [L, P, H_kv, D]
         target = _bits(pool)
         for page, start in zip(pages, range(0, rows.shape[1], self.page_size), strict=True):
             part = rows[:, start : start + self.page_size]
@@ -133,6 +132,23 @@ def _bits(tensor: Tensor) -> npt.NDArray[np.generic]:
     integer = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     array: npt.NDArray[np.generic] = tensor.view(integer).numpy()
     return array
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes them; from calloc a page of memory is not there until it is used.
+    array = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(array).view(dtype).view(shape)
+
+
+def _converted(array: npt.NDArray[np.generic], dtype: str, to: torch.dtype) -> Tensor:
+    """On this thread alone: torch converts large tensors with a team of threads."""
+    if to is torch.float32 and dtype == "float16":
+        return torch.from_numpy(array.astype(np.float32))
+    if to is torch.float32 and dtype == "bfloat16":
+        return torch.from_numpy((array.astype(np.uint32) << 16).view(np.float32))
+    return _as_tensor(array, dtype).to(to)
 
 
 def _as_tensor(array: npt.NDArray[np.generic], dtype: str) -> Tensor:

@@ -71,10 +71,10 @@ def load_model(config: ModelConfig) -> LoadedModel:
     source = _source(config)
     device = torch.device(resolve_device(config.device))
     dtype: Any = config.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
+    if dtype == "auto":
+        dtype = _default_dtype(device)
     model_config = _read_config(source)
-    module = _load_module(source, model_config, TORCH_DTYPES.get(dtype, "auto"))
+    module = _load_module(source, model_config, TORCH_DTYPES[dtype])
     module = module.to(device).eval().requires_grad_(False)
     with _reading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -115,6 +115,13 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedModel("--device cuda: torch sees no CUDA device")
     return device
+
+
+def _default_dtype(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "float32"
+    # float16 is what older devices compute fast; bfloat16 they only emulate.
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def _source(config: ModelConfig) -> str:

@@ -1,0 +1,55 @@
+"""bench/cuda.py on a toy model on the CPU: that it runs, and what it counts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench" / "cuda.py"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_cuda", BENCH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_tiny_run_writes_its_table_and_its_json(bench: ModuleType, tmp_path: Path) -> None:
+    table, figures = tmp_path / "results.md", tmp_path / "figures.json"
+    bench.main(["--tiny", "--device", "cpu", f"--results={table}", f"--json={figures}"])
+    report = json.loads(figures.read_text())
+    assert report["errors"].keys() == {"sdpa"}
+    cases = {(r["case"], r["load"]["batch"], r["load"]["tasks"]) for r in report["results"]}
+    assert {("sdpa", 3, 0), ("sdpa", 3, 1), ("sdpa", 3, 3), ("transformers generate", 3, 0)} < cases
+    assert all(r["step_ms"] > 0 and r["floor_ms"] > 0 for r in report["results"])
+    rows = [line for line in table.read_text().splitlines() if line.startswith("| tiny |")]
+    assert len(rows) == len(report["results"])
+
+
+def test_the_floor_counts_weights_once_and_each_prefix_once(bench: ModuleType) -> None:
+    geometry = bench.GEOMETRIES["8b"]
+    with torch.device("meta"):
+        module = bench.AutoModelForCausalLM.from_config(geometry.config())
+    base = bench.floor_bytes(module, geometry, bench.Load(1, 0, 0, 0), torch.bfloat16)
+    row = 2 * 32 * 8 * 128 * 2
+    assert base == pytest.approx(7.5e9 * 2, rel=0.01)
+    shared = bench.floor_bytes(module, geometry, bench.Load(32, 512, 1, 99), torch.bfloat16)
+    assert shared - base == (512 + 32 * 100 - 1) * row
+
+
+def test_every_batch_is_run_without_with_one_and_with_many_prefixes(bench: ModuleType) -> None:
+    loads = bench.loads_of(bench.parse(["--batches", "32", "--prefix", "64"]))
+    assert [(load.prefix, load.tasks) for load in loads] == [(0, 0), (64, 1), (64, 32)]
+    with pytest.raises(SystemExit):
+        bench.parse(["--models", "70b"])
