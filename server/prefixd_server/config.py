@@ -33,7 +33,12 @@ class ModelConfig(_Section):
     threads: int | None = Field(None, ge=1, description="CPU threads for torch; default: torch's")
     served_name: str | None = Field(None, description="name shown in /v1/info and in metrics")
     cache_dir: str = Field("~/.cache/prefixd", description="where the converted demo model is kept")
-    attention: Literal["auto", "sdpa"] = Field("auto", description="attention backend")
+    attention: Literal["auto", "paged", "sdpa"] = Field(
+        "auto", description="attention backend; auto: paged, where its kernels can be compiled"
+    )
+    pack_weights: bool = Field(
+        True, description="lay the frozen weights out for the CPU once, at the start"
+    )
 
 
 class CacheConfig(_Section):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -38,6 +41,8 @@ __all__ = ["Server"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _CPU_KV_BYTES = 1 << 30
 _CUDA_KV_SHARE = 0.8
 
@@ -58,11 +63,11 @@ class Server:
     ) -> None:
         self.config = config
         self.store = store or open_store(config.store.store)
-        self.model = model or load_model(config.model)
+        self.model = model or _on_a_thread_that_ends(lambda: load_model(config.model))
         self.metrics = Metrics(self.model.name, max_tasks=config.http.metrics_max_tasks)
         self.mailbox = Mailbox(config.scheduler.max_queue)
         self.registry = Registry(self.store, config.limits)
-        pool = _make_pool(self.model, config.cache)
+        pool = _on_a_thread_that_ends(lambda: _make_pool(self.model, config.cache))
         self.allocator = PageAllocator(pool.num_pages, pool.page_size)
         self.residency = Residency(
             self.store,
@@ -79,7 +84,12 @@ class Server:
         self.registry.on_change(References(self.residency))
         self.registry.on_change(self.metrics.task_changed)
         self.engine = self._make_engine(pool)
-        self.engine_thread = EngineThread(self.engine, on_death=on_death)
+        self.engine_thread = EngineThread(
+            self.engine,
+            # OpenMP keeps the number for each thread.
+            on_start=partial(torch.set_num_threads, torch.get_num_threads()),
+            on_death=on_death,
+        )
         self.metrics.bind_engine(self._gauges)
         self.frontend = Frontend(
             self.mailbox,
@@ -117,7 +127,7 @@ class Server:
 
     def _make_engine(self, pool: KVPool) -> Engine:
         config, model = self.config, self.model
-        backend = create_backend(_attention_backend(config), pool)
+        backend = create_backend(config.model.attention, pool)
         max_num_seqs = config.scheduler.max_num_seqs
         max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         return Engine(
@@ -190,15 +200,22 @@ class Server:
                 log.info("garbage collection freed %d bytes", freed)
 
 
+def _on_a_thread_that_ends(work: Callable[[], T]) -> T:
+    """The engine thread alone shall have OpenMP threads.
+
+    Each thread that runs a large operator of torch's gets a team of its own, and once the teams
+    have more threads than there are cores, libgomp puts them to sleep after every operator: a decode
+    step of a small model then takes twice as long. A team ends with its thread.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
 def _prefix_limits(config: Config) -> Limits:
     return Limits(
         max_bytes=config.limits.max_upload_bytes,
         max_virtual_tokens=config.limits.max_virtual_tokens,
     )
-
-
-def _attention_backend(config: Config) -> str:
-    return "sdpa" if config.model.attention == "auto" else config.model.attention
 
 
 def _make_runner(model: LoadedModel, backend: AttentionBackend) -> ModelRunner:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from prefixd_server.attention.base import (
     AttentionBackend,
     CrossSpan,
@@ -10,6 +12,7 @@ from prefixd_server.attention.base import (
     StepPlan,
 )
 from prefixd_server.kv.pool import KVPool
+from prefixd_server.native import kernels
 
 __all__ = [
     "AttentionBackend",
@@ -22,9 +25,23 @@ __all__ = [
 
 
 def create_backend(name: str, pool: KVPool) -> AttentionBackend:
-    """Backends are imported when chosen, so that one's dependencies are nobody else's."""
+    """``name``: paged, sdpa, or auto for the fastest that serves the pool. Raises ValueError.
+
+    Backends are imported when chosen, so that one's dependencies are nobody else's.
+    """
+    if name == "auto":
+        name = _fastest(pool)
     if name == "sdpa":
         from prefixd_server.attention.sdpa import SDPABackend
 
         return SDPABackend(pool)
-    raise ValueError(f"unknown attention backend {name!r}; known: sdpa")
+    if name == "paged":
+        from prefixd_server.attention.paged import PagedBackend
+
+        return PagedBackend(pool)
+    raise ValueError(f"unknown attention backend {name!r}; known: auto, paged, sdpa")
+
+
+def _fastest(pool: KVPool) -> str:
+    kernels_serve = pool.device.type == "cpu" and pool.dtype == torch.float32
+    return "paged" if kernels_serve and kernels.load() is not None else "sdpa"
