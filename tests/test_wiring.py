@@ -9,18 +9,17 @@ import pytest
 import torch
 
 import prefixd_server.wiring as wiring
-from prefixd_server.config import ModelConfig
 from prefixd_server.errors import UnsupportedModel
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names that are asked for; Triton's kernels cannot be compiled."""
+    """The names that are asked for; only the reference runs on this machine."""
     names: list[str] = []
 
     def create(name: str, pool: Any) -> Any:
         names.append(name)
-        return SimpleNamespace(check=_no_compiler)
+        return SimpleNamespace(check=lambda: None if name == "sdpa" else _no_compiler())
 
     def _no_compiler() -> None:
         raise RuntimeError("Failed to find C compiler")
@@ -29,27 +28,30 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def pool_on(device: str) -> Any:
-    return SimpleNamespace(device=torch.device(device))
+def pool_on(device: str, dtype: torch.dtype = torch.float32) -> Any:
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
 
 
+@pytest.mark.parametrize(("device", "fastest"), [("cuda", "triton"), ("cpu", "native")])
 def test_the_reference_serves_where_the_kernel_cannot(
-    made: list[str], caplog: pytest.LogCaptureFixture
+    made: list[str], caplog: pytest.LogCaptureFixture, device: str, fastest: str
 ) -> None:
-    wiring._make_backend(ModelConfig(), pool_on("cuda"))
-    assert made == ["triton", "sdpa"]
+    wiring._make_backend("auto", pool_on(device))
+    assert made == [fastest, "sdpa"]
     (record,) = caplog.records
     assert "Failed to find C compiler" in record.getMessage()
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_kernel_that_was_asked_for_is_had_or_nothing(made: list[str], device: str) -> None:
-    with pytest.raises(UnsupportedModel, match="--attention triton"):
-        wiring._make_backend(ModelConfig(attention="triton"), pool_on(device))
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_a_kernel_that_was_asked_for_is_had_or_nothing(made: list[str], name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"--attention {name}"):
+        wiring._make_backend(name, pool_on("cpu"))
     assert "sdpa" not in made
 
 
-def test_a_cpu_never_looks_for_a_kernel(made: list[str]) -> None:
-    wiring._make_backend(ModelConfig(), pool_on("cpu"))
-    wiring._make_backend(ModelConfig(attention="sdpa"), pool_on("cuda"))
+def test_the_reference_is_had_where_it_is_asked_for_or_the_pool_is_not_float32(
+    made: list[str],
+) -> None:
+    wiring._make_backend("sdpa", pool_on("cuda"))
+    wiring._make_backend("auto", pool_on("cpu", torch.bfloat16))
     assert made == ["sdpa", "sdpa"]

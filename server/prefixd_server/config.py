@@ -33,8 +33,11 @@ class ModelConfig(_Section):
     threads: int | None = Field(None, ge=1, description="CPU threads for torch; default: torch's")
     served_name: str | None = Field(None, description="name shown in /v1/info and in metrics")
     cache_dir: str = Field("~/.cache/prefixd", description="where the converted demo model is kept")
-    attention: Literal["auto", "sdpa", "triton"] = Field(
-        "auto", description="attention backend; auto: triton on CUDA, sdpa elsewhere"
+    attention: Literal["auto", "native", "triton", "sdpa"] = Field(
+        "auto", description="attention backend; auto: native on the CPU, triton on CUDA, else sdpa"
+    )
+    pack_weights: bool = Field(
+        True, description="lay the frozen weights out for the CPU once, at the start"
     )
     cuda_graphs: bool = Field(True, description="replay decode steps from CUDA graphs")
 

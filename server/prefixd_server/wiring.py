@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from prefixd_server.attention import AttentionBackend, create_backend
-from prefixd_server.config import CacheConfig, Config, ModelConfig
+from prefixd_server.config import CacheConfig, Config
 from prefixd_server.engine.admission import Admission
 from prefixd_server.engine.cuda_graphs import CudaGraphRunner
 from prefixd_server.engine.engine import Engine
@@ -39,6 +42,8 @@ __all__ = ["Server"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _CPU_KV_BYTES = 1 << 30
 _CUDA_KV_SHARE = 0.8
 
@@ -59,11 +64,11 @@ class Server:
     ) -> None:
         self.config = config
         self.store = store or open_store(config.store.store)
-        self.model = model or load_model(config.model)
+        self.model = model or _on_a_thread_that_ends(lambda: load_model(config.model))
         self.metrics = Metrics(self.model.name, max_tasks=config.http.metrics_max_tasks)
         self.mailbox = Mailbox(config.scheduler.max_queue)
         self.registry = Registry(self.store, config.limits)
-        pool = _make_pool(self.model, config.cache)
+        pool = _on_a_thread_that_ends(lambda: _make_pool(self.model, config.cache))
         self._page_bytes = pool.num_bytes // pool.num_pages
         self.allocator = PageAllocator(pool.num_pages, pool.page_size)
         self.residency = Residency(
@@ -81,7 +86,12 @@ class Server:
         self.registry.on_change(References(self.residency))
         self.registry.on_change(self.metrics.task_changed)
         self.engine = self._make_engine(pool)
-        self.engine_thread = EngineThread(self.engine, on_death=on_death)
+        self.engine_thread = EngineThread(
+            self.engine,
+            # OpenMP keeps the number for each thread.
+            on_start=partial(torch.set_num_threads, torch.get_num_threads()),
+            on_death=on_death,
+        )
         self.metrics.bind_engine(self._gauges)
         self.frontend = Frontend(
             self.mailbox,
@@ -119,7 +129,7 @@ class Server:
 
     def _make_engine(self, pool: KVPool) -> Engine:
         config, model = self.config, self.model
-        backend = _make_backend(config.model, pool)
+        backend = _make_backend(config.model.attention, pool)
         max_num_seqs = config.scheduler.max_num_seqs
         max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         return Engine(
@@ -198,6 +208,17 @@ class Server:
                 log.info("garbage collection freed %d bytes", freed)
 
 
+def _on_a_thread_that_ends(work: Callable[[], T]) -> T:
+    """The engine thread alone shall have OpenMP threads.
+
+    Each thread that runs a large operator of torch's gets a team of its own, and once the teams
+    have more threads than there are cores, libgomp puts them to sleep after every operator: a decode
+    step of a small model then takes twice as long. A team ends with its thread.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
 def _prefix_limits(config: Config) -> Limits:
     return Limits(
         max_bytes=config.limits.max_upload_bytes,
@@ -205,22 +226,27 @@ def _prefix_limits(config: Config) -> Limits:
     )
 
 
-def _make_backend(config: ModelConfig, pool: KVPool) -> AttentionBackend:
-    """The paged kernel on CUDA, or the reference where it cannot run and was not asked for."""
-    name, cuda = config.attention, pool.device.type == "cuda"
-    if name == "sdpa" or (name == "auto" and not cuda):
+def _make_backend(name: str, pool: KVPool) -> AttentionBackend:
+    """The fastest one for the device, or the reference where that cannot run."""
+    if name != "auto":
+        try:
+            return _checked(name, pool)
+        except Exception as error:
+            raise UnsupportedModel(f"--attention {name}: {error}") from error
+    fastest = {"cpu": "native", "cuda": "triton"}.get(pool.device.type, "sdpa")
+    if fastest == "native" and pool.dtype != torch.float32:
         return create_backend("sdpa", pool)
-    if not cuda:
-        raise UnsupportedModel("--attention triton needs a CUDA device")
     try:
-        backend = create_backend("triton", pool)
-        backend.check()
+        return _checked(fastest, pool)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        if name == "triton":
-            raise UnsupportedModel(f"--attention triton: {reason}") from error
-        log.warning("attention runs on the slow reference backend; triton failed: %s", reason)
+        log.warning("attention runs on the slow reference backend; %s failed: %s", fastest, reason)
         return create_backend("sdpa", pool)
+
+
+def _checked(name: str, pool: KVPool) -> AttentionBackend:
+    backend = create_backend(name, pool)
+    backend.check()
     return backend
 
 

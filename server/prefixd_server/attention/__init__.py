@@ -24,13 +24,20 @@ __all__ = [
 
 
 def create_backend(name: str, pool: KVPool) -> AttentionBackend:
-    """Backends are imported when chosen, so that one's dependencies are nobody else's."""
+    """Backends are imported when chosen, so that one's dependencies are nobody else's.
+
+    Raises ValueError if there is none of the name, or it cannot serve the pool.
+    """
     if name == "sdpa":
         from prefixd_server.attention.sdpa import SDPABackend
 
         return SDPABackend(pool)
+    if name == "native":
+        from prefixd_server.attention.native import NativeBackend
+
+        return NativeBackend(pool)
     if name == "triton":
         from prefixd_server.attention.triton_paged import TritonBackend
 
         return TritonBackend(pool)
-    raise ValueError(f"unknown attention backend {name!r}; known: sdpa, triton")
+    raise ValueError(f"unknown attention backend {name!r}; known: native, sdpa, triton")

@@ -19,8 +19,15 @@ _QUIET_S = 1.0
 
 
 class EngineThread:
-    def __init__(self, engine: Engine, *, on_death: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_start: Callable[[], None] = lambda: None,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
         self.engine = engine
+        self._on_start = on_start
         self._on_death = on_death
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name="prefixd-engine", daemon=True)
@@ -48,6 +55,7 @@ class EngineThread:
     def _main(self) -> None:
         engine = self.engine
         try:
+            self._on_start()
             while True:
                 ran = engine.step()
                 # Looked at after the step: the step may have drained the wake that came with it.

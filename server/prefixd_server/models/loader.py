@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from prefixd_server.config import ModelConfig
 from prefixd_server.errors import UnsupportedModel
 from prefixd_server.kv.pool import TORCH_DTYPES
 from prefixd_server.models.demo import DEMO_NAME, demo_model_folder
-from prefixd_server.models.probe import observe_geometry
+from prefixd_server.models.packed import can_pack, pack
+from prefixd_server.models.probe import observe_geometry, run_packed_step
 from prefixd_server.models.seq2seq import DecoderRules, Seq2SeqModel
 from prefixd_server.models.seq2seq_probe import observe_seq2seq_geometry
 from prefixd_store.errors import InvalidRequest
@@ -92,6 +94,9 @@ def load_model(config: ModelConfig) -> LoadedModel:
         geometry = observe_seq2seq_geometry(encoder_decoder)
     else:
         geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
+    vocab_size = int(module.get_output_embeddings().weight.shape[0])
+    if config.pack_weights and can_pack(device, loaded_dtype):
+        pack(module, None if encoder_decoder else partial(run_packed_step, module))
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,
@@ -99,7 +104,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         architecture=type(module).__name__,
         fingerprint=_fingerprint(module.config._name_or_path),
         geometry=replace(geometry, max_positions=max_model_len),
-        vocab_size=int(module.get_output_embeddings().weight.shape[0]),
+        vocab_size=vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=_eos_token_ids(module, tokenizer),
         device=device,

@@ -22,7 +22,7 @@ from prefixd_server.attention.interface import IMPLEMENTATION, PlanNotPassed, ca
 from prefixd_server.errors import UnsupportedModel
 from prefixd_store.geometry import Geometry
 
-__all__ = ["observe_geometry"]
+__all__ = ["observe_geometry", "run_packed_step"]
 
 _LENGTHS = (5, 3)
 
@@ -71,10 +71,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, options: LayerOptions) ->
 def observe_geometry(module: Any, *, num_layers: int) -> Geometry:
     """Raises UnsupportedModel if this model's own code cannot run a packed step correctly."""
     name = type(module).__name__
-    device = next(module.parameters()).device
-    tokens = torch.arange(1, sum(_LENGTHS) + 1, device=device)[None]
-    positions = torch.cat([torch.arange(n, device=device) for n in _LENGTHS])[None]
-    plan, packed = _run_packed(module, tokens, positions)
+    tokens = torch.arange(1, sum(_LENGTHS) + 1, device=module.device)[None]
+    plan, packed = _run_packed(module, tokens)
     if sorted(plan.shapes) != list(range(num_layers)):
         raise UnsupportedModel(
             f"{name} cannot be served: {len(plan.shapes)} of its {num_layers} layers call attention"
@@ -92,9 +90,16 @@ def observe_geometry(module: Any, *, num_layers: int) -> Geometry:
     return Geometry(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
 
 
-def _run_packed(module: Any, tokens: Tensor, positions: Tensor) -> tuple[_ObservingPlan, Tensor]:
+@torch.inference_mode()
+def run_packed_step(module: Any) -> None:
+    """Run what :func:`observe_geometry` has run, for others to observe."""
+    _run_packed(module, torch.arange(1, sum(_LENGTHS) + 1, device=module.device)[None])
+
+
+def _run_packed(module: Any, tokens: Tensor) -> tuple[_ObservingPlan, Tensor]:
     """The plan and the logits [T, V]."""
     plan = _ObservingPlan(_LENGTHS)
+    positions = torch.cat([torch.arange(n, device=tokens.device) for n in _LENGTHS])[None]
     arguments = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
     try:
         try:

@@ -1,0 +1,137 @@
+"""Attention on the CPU that reads the pages where they are, through the C++ kernels.
+
+A step becomes parts: each prefix once, against the queries of all its sequences, and each
+sequence's own tokens against its own queries. The kernel joins a query's parts by log-sum-exp, so
+a prefix of thousands of tokens is read once a step, however many requests use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefixd_server.attention.base import (
+    AttentionBackend,
+    LayerOptions,
+    SequenceSpan,
+    Span,
+    StepPlan,
+)
+from prefixd_server.attention.sdpa import SDPABackend
+from prefixd_server.kv.pool import KVPool, slots_of
+from prefixd_server.native import kernels
+from prefixd_server.native.kernels import AttentionParts, Kernels
+
+__all__ = ["NativeBackend"]
+
+_LONGEST_PART = 512
+"""keys; a longer list becomes several parts, so that all threads have work"""
+
+
+class NativeBackend(AttentionBackend):
+    """Raises ValueError where the kernels cannot be had, or the pool is not float32 on the CPU."""
+
+    def __init__(self, pool: KVPool) -> None:
+        super().__init__(pool)
+        loaded = kernels.load()
+        if loaded is None:
+            raise ValueError("the CPU kernels could not be compiled")
+        if pool.device.type != "cpu" or pool.dtype != torch.float32:
+            raise ValueError(f"the CPU kernels are for float32, not {pool.dtype} on {pool.device}")
+        self._kernels = loaded
+        self._reference = SDPABackend(pool)
+
+    def plan(self, spans: Sequence[Span]) -> StepPlan:
+        return _NativePlan(self.pool, self._kernels, self._reference, spans)
+
+
+class _NativePlan(StepPlan):
+    def __init__(
+        self, pool: KVPool, kernels: Kernels, reference: SDPABackend, spans: Sequence[Span]
+    ) -> None:
+        self._pool = pool
+        self._kernels = kernels
+        self._reference = reference
+        self._spans = spans
+        self._reference_plan: StepPlan | None = None
+        self._slots = _new_slots(spans, pool.page_size)
+        self._parts = _parts(spans, pool.page_size)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: LayerOptions
+    ) -> Tensor:
+        if options.relative_bias is not None:
+            # T5 alone; its bias is a table of the model's, not a number.
+            if self._reference_plan is None:
+                self._reference_plan = self._reference.plan(self._spans)
+            return self._reference_plan.attend(layer, query, key, value, options)
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        if len(self._slots):  # cross-attention mostly has nothing new
+            self._kernels.store(_rows(key), _rows(value), self._slots.ctypes.data, keys, values)
+        return self._kernels.attend(
+            _rows(query),
+            keys,
+            values,
+            self._parts,
+            scaling=options.scaling,
+            softcap=options.softcap,
+            window=options.sliding_window,
+        )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _new_slots(spans: Sequence[Span], page_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    slots: list[int] = []
+    for span in spans:
+        first, end = span.first_new, span.num_keys
+        if end - first == 1:
+            slots.append(span.pages[first // page_size] * page_size + first % page_size)
+        elif first < end:
+            slots.extend(slots_of(span.pages, end, page_size)[first:].tolist())
+    return np.array(slots, dtype=np.int64)
+
+
+def _parts(spans: Sequence[Span], page_size: int) -> AttentionParts:
+    parts: list[tuple[int, int, int, int, int, int]] = []
+    pages: list[int] = []
+    rows: list[int] = []
+    query_index: list[int] = []
+    sharing: dict[int, list[int]] = {}  # a prefix's first page, which is its alone -> its queries
+    prefixes: dict[int, Span] = {}
+
+    def add(queries: Sequence[int], of: Sequence[int], num_keys: int, key_offset: int) -> None:
+        first_page = len(pages)
+        pages.extend(of)
+        for first_key in range(0, num_keys, _LONGEST_PART):
+            first_row = len(rows)
+            rows.extend(queries)
+            end_key = min(num_keys, first_key + _LONGEST_PART)
+            parts.append((first_row, len(rows), first_page, first_key, end_key, key_offset))
+
+    for span in spans:
+        first = len(query_index)
+        last = span.prefix_len + span.num_keys - 1
+        if isinstance(span, SequenceSpan):
+            query_index.extend(range(last + 1 - span.query_len, last + 1))
+        else:  # in cross-attention every query sees all of it
+            query_index.extend([last] * span.query_len)
+        queries = range(first, len(query_index))
+        add(queries, span.pages, span.num_keys, span.prefix_len)
+        if span.prefix_len:
+            sharing.setdefault(span.prefix_pages[0], []).extend(queries)
+            prefixes[span.prefix_pages[0]] = span
+    for page, prefix in prefixes.items():
+        add(sharing[page], prefix.prefix_pages, prefix.prefix_len, 0)
+    return AttentionParts(
+        np.array(parts, dtype=np.int32),
+        np.array(pages, dtype=np.int32),
+        np.array(rows, dtype=np.int32),
+        np.array(query_index, dtype=np.int32),
+        page_size,
+    )

@@ -1,0 +1,142 @@
+"""The compiled kernels as functions of float32 CPU tensors; :func:`load` is None without them."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from prefixd_server.native.build import CannotBuild, default_folder, library
+
+__all__ = ["AttentionParts", "Kernels", "load"]
+
+log = logging.getLogger(__name__)
+
+
+IntArray = npt.NDArray[np.int32]
+
+
+class AttentionParts:
+    """What a step's queries attend to: ranges of page lists, each against some of the queries."""
+
+    def __init__(
+        self,
+        parts: IntArray,
+        pages: IntArray,
+        rows: IntArray,
+        query_index: IntArray,
+        page_size: int,
+    ) -> None:
+        """``parts`` [N, 6]: first and end row (in ``rows``), first page (in ``pages``), first and
+        end key of that page list, and the index of the list's first token in the joint sequence.
+        ``rows``: the packed token of each row. ``query_index`` [T]: each token's index in the joint
+        sequence; it sees the keys up to there."""
+        tokens = len(query_index)
+        token_rows = np.argsort(rows, kind="stable").astype(np.int32)
+        token_first = np.zeros(tokens + 1, dtype=np.int32)
+        np.cumsum(np.bincount(rows, minlength=tokens), out=token_first[1:])
+        # Held: the addresses below are of these.
+        self._arrays = (parts, pages, rows, query_index, token_first, token_rows)
+        self._num_rows = len(rows)
+        self._workspace: Tensor | None = None
+        self.addresses = (
+            parts.ctypes.data, len(parts), pages.ctypes.data, rows.ctypes.data,
+            query_index.ctypes.data, page_size, token_first.ctypes.data, token_rows.ctypes.data,
+            tokens,
+        )  # fmt: skip
+
+    def workspace(self, heads: int, dim: int) -> int:
+        """The address of room for each row's maximum, sum and value."""
+        if self._workspace is None or self._workspace.shape[1:] != (heads, dim + 2):
+            self._workspace = torch.empty(self._num_rows, heads, dim + 2)
+        return self._workspace.data_ptr()
+
+
+@cache
+def load() -> Kernels | None:
+    """The kernels, compiled if need be; None, with a warning, where that cannot be done."""
+    try:
+        return Kernels(ctypes.CDLL(str(library(default_folder()))))
+    except (CannotBuild, OSError) as error:
+        log.warning("no CPU kernels, serving with torch's own operators: %s", error)
+        return None
+
+
+class Kernels:
+    """Calls release the GIL and run in torch's own OpenMP threads, as many as torch is set to."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        # torch has loaded its libgomp before us, under the same name, so there is one thread pool.
+        tensor = c_void_p
+        self._store = _function(
+            library.prefixd_store,
+            [tensor, c_int64, c_int64, tensor, c_int64, c_int64, tensor, c_int64]
+            + [c_int32, c_int32, tensor, tensor],
+        )
+        self._attend = _function(
+            library.prefixd_attend,
+            [tensor, c_int64, c_int64, tensor, tensor, c_int32, c_int32, c_int32]
+            + [c_float, c_float, c_int32, tensor, c_int32, tensor, tensor, tensor, c_int32]
+            + [tensor, tensor, c_int64, tensor, tensor],
+        )
+        self._rms_norm = _function(
+            library.prefixd_rms_norm,
+            [tensor, tensor, c_float, c_float, c_int64, c_int64, tensor],
+        )
+
+    def store(self, key: Tensor, value: Tensor, slots: int, keys: Tensor, values: Tensor) -> None:
+        """Write key and value [T, H_kv, D] to their slots of [num_slots, H_kv, D]; ``slots`` is the
+        address of T int64."""
+        tokens, heads, dim = key.shape
+        self._store(
+            key.data_ptr(), key.stride(0), key.stride(1),
+            value.data_ptr(), value.stride(0), value.stride(1),
+            slots, tokens, heads, dim, keys.data_ptr(), values.data_ptr(),
+        )  # fmt: skip
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        parts: AttentionParts,
+        *,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """query [T, H, D], the last dimension contiguous; keys, values [num_slots, H_kv, D] ->
+        [T, H, D]"""
+        tokens, heads, dim = query.shape
+        output = torch.empty(tokens, heads, dim)
+        self._attend(
+            query.data_ptr(), query.stride(0), query.stride(1), keys.data_ptr(), values.data_ptr(),
+            heads, keys.shape[1], dim, scaling, softcap or 0.0, window or 0,
+            *parts.addresses, parts.workspace(heads, dim), output.data_ptr(),
+        )  # fmt: skip
+        return output
+
+    def rms_norm(self, x: Tensor, weight: Tensor, plus: float, epsilon: float) -> Tensor:
+        """x [..., C], contiguous; weight [C]."""
+        output = torch.empty_like(x)
+        size = weight.shape[0]
+        self._rms_norm(
+            x.data_ptr(), weight.data_ptr(), plus, epsilon, x.numel() // size, size,
+            output.data_ptr(),
+        )  # fmt: skip
+        return output
+
+
+def _function(function: Any, arguments: list[Any]) -> Callable[..., None]:
+    function.argtypes = arguments
+    function.restype = None
+    called: Callable[..., None] = function
+    return called
