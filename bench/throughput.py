@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import uvloop
 from harness.alternate import Case, Figures, take_turns
-from harness.load import Ask, closed_loop, latencies
+from harness.load import batch
 from harness.machine import describe
 from harness.options import Options, parser
 from harness.peers import PEERS, Job, set_up, start
 from harness.prefixes import fill_store, task_names
 from harness.processes import Peer, PeerFailed, serve
 from harness.report import Report
-from peers.common.prompts import prompts
 from rich.console import Console
 
 from prefixd import Client
@@ -127,17 +125,6 @@ class Bench:
         )
 
 
-def run_http(url: str, requests: int, new_tokens: int, tasks: int) -> Figures:
-    asks = [
-        Ask(f"task-{number % tasks}" if tasks else "base", prompt, new_tokens)
-        for number, prompt in enumerate(prompts(requests))
-    ]
-    start = time.perf_counter()
-    replies = uvloop.run(closed_loop(url, asks, requests))
-    seconds = time.perf_counter() - start
-    return {"tokens": requests * new_tokens, "seconds": seconds, **latencies(replies)}
-
-
 @contextmanager
 def started(options: Options, bench: Bench, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The engine, the server and the peers, all loaded; yields the settings they report."""
@@ -151,7 +138,7 @@ def started(options: Options, bench: Bench, names: Sequence[str]) -> Iterator[di
         engine.wait_until_ready()
         settings = {"prefixd engine": engine.settings}
         bench.add_server("engine", engine.run)
-        bench.add_server("HTTP", lambda *work: run_http(served.url, *work))
+        bench.add_server("HTTP", partial(batch, served.url))
         reasons = set_up(names, options.model)
         adapters = _peft_folders(served.url, folder) if "peft" in names else []
         for name in names:

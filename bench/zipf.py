@@ -101,7 +101,7 @@ def drop_from_page_cache(store: Path) -> None:
 
 def count_loads(metrics: str) -> float:
     """Prefixes read from the store so far."""
-    lines = re.findall(r"^prefixd_prefix_load_seconds_count\{.*\} (\S+)$", metrics, re.MULTILINE)
+    lines = re.findall(r"^prefixd_prefix_load_seconds_count\{.*tier="store".*\} (\S+)$", metrics, re.MULTILINE)
     return sum(map(float, lines))
 
 
@@ -129,8 +129,8 @@ def main() -> None:
         arguments.size,
         f"{size.requests} requests of {size.new_tokens} greedy tokens, {CONCURRENCY} in flight, "
         f"{size.tasks} tasks with prefixes of {NUM_VIRTUAL_TOKENS} virtual tokens (float16, "
-        f"distinct files) in a disk store, {rounds} rounds. Cold: {size.device_prefixes} prefixes on "
-        "the device, none in host memory, a fresh server each round.",
+        f"distinct files) in a disk store, {rounds} rounds. Cold: {size.device_prefixes} prefixes "
+        "on the device, none in host memory, a fresh server each round.",
         machine,
         options.settings(*bench.cold_flags),
         [warm, cold, hits],

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
+import uvloop
+from peers.common.prompts import prompts
 
-__all__ = ["Ask", "Reply", "closed_loop", "latencies", "open_loop"]
+__all__ = ["Ask", "Reply", "batch", "closed_loop", "latencies", "open_loop"]
 
 
 class Ask(NamedTuple):
@@ -43,6 +45,18 @@ class Reply:
     @property
     def gaps_s(self) -> list[float]:
         return [b - a for a, b in zip(self.tokens_at, self.tokens_at[1:], strict=False)]
+
+
+def batch(url: str, requests: int, new_tokens: int, tasks: int) -> dict[str, Any]:
+    """``requests`` at once over ``task-0``, ``task-1`` … (0 tasks: the base model); the figures."""
+    asks = [
+        Ask(f"task-{number % tasks}" if tasks else "base", prompt, new_tokens)
+        for number, prompt in enumerate(prompts(requests))
+    ]
+    start = time.perf_counter()
+    replies = uvloop.run(closed_loop(url, asks, requests))
+    seconds = time.perf_counter() - start
+    return {"tokens": requests * new_tokens, "seconds": seconds, **latencies(replies)}
 
 
 async def closed_loop(url: str, asks: Sequence[Ask], concurrency: int) -> list[Reply]:

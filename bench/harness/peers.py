@@ -61,7 +61,7 @@ PEERS = {
     "transformers-continuous": PeerSpec("hugging_face", (_BASE,), ("--mode=continuous",)),
     "peft": PeerSpec(
         "hugging_face",
-        (Job("one task, one batch", 1), Job("32 tasks, one after another", 32, share=8)),
+        (Job("one task, one batch", 1), Job("32 tasks, one after another", 32, share=4)),
         ("--mode=peft",),
         adapters=32,
     ),
