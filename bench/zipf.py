@@ -101,7 +101,8 @@ def drop_from_page_cache(store: Path) -> None:
 
 def count_loads(metrics: str) -> float:
     """Prefixes read from the store so far."""
-    lines = re.findall(r"^prefixd_prefix_load_seconds_count\{.*tier="store".*\} (\S+)$", metrics, re.MULTILINE)
+    series = r'^prefixd_prefix_load_seconds_count\{.*tier="store".*\} (\S+)$'
+    lines = re.findall(series, metrics, re.MULTILINE)
     return sum(map(float, lines))
 
 
