@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import uvloop
 from harness.alternate import Case, Figures, take_turns
-from harness.load import Ask, closed_loop, latencies, open_loop
+from harness.load import Ask, Reply, closed_loop, latencies, open_loop
 from harness.machine import describe
 from harness.options import Options, parser
 from harness.prefixes import fill_store, task_names
@@ -85,15 +85,11 @@ def run(url: str, size: Size, rate: float, swaps_per_s: int) -> Figures:
 
 async def _with_swaps(
     url: str, work: Sequence[Ask], rate: float, swaps_per_s: int
-) -> tuple[list, list[float]]:  # type: ignore[type-arg]
+) -> tuple[list[Reply], list[float]]:
     swapping = asyncio.create_task(_swap(url, swaps_per_s))
     replies = await open_loop(url, work, rate, seed=1)
-    return replies, await _stop(swapping)
-
-
-async def _stop(swapping: asyncio.Task[list[float]]) -> list[float]:
     swapping.cancel()
-    return await swapping
+    return replies, await swapping
 
 
 async def _swap(url: str, per_second: int) -> list[float]:

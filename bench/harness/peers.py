@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,9 +36,9 @@ class PeerSpec:
     """of bench/peers: ``runner.py`` and, where it needs its own environment, ``setup.sh``"""
     jobs: tuple[Job, ...]
     arguments: tuple[str, ...] = ()
+    """``{envs}`` stands for the folder of the environments"""
     python: str = sys.executable
     environment: Mapping[str, str] = field(default_factory=dict)
-    """``{envs}`` stands for the folder of the environments here and in ``arguments``"""
     adapters: int = 0
     """how many PEFT folders of the store's tasks it wants"""
 
@@ -128,9 +127,4 @@ def start(name: str, model: Path, threads: int, adapters: Sequence[Path] = ()) -
     command += [argument.format(**_WHERE) for argument in spec.arguments]
     if spec.adapters:
         command += ["--adapters", *map(str, adapters[: spec.adapters])]
-    environment = {"OMP_NUM_THREADS": str(threads), **spec.environment}
-    return Peer(name, command, {k: v for k, v in environment.items() if _usable(k, v)})
-
-
-def _usable(name: str, value: str) -> bool:
-    return name != "LD_PRELOAD" or os.path.exists(value)
+    return Peer(name, command, {"OMP_NUM_THREADS": str(threads), **spec.environment})
