@@ -1,4 +1,4 @@
-"""Long prefixes: 32 requests over 1, 4 and 32 prefixes of 2,048 virtual tokens each.
+"""Long prefixes: 32 requests over 1, 4 and 32 prefixes of 2,048 virtual tokens each (smoke: 512).
 
 ``python bench/cartridge.py``: the engine without HTTP, and over HTTP. The engine also tells the
 most KV memory that a run held: one copy a prefix, however many requests use it, and the requests'
@@ -22,20 +22,20 @@ from harness.processes import Peer, serve
 from harness.report import TOKENS_PER_S, Column, Report
 
 REQUESTS = 32
-NUM_VIRTUAL_TOKENS = 2048
 MIB = 1 / 2**20
 
 
 class Size(NamedTuple):
     rounds: int
+    num_virtual_tokens: int
     new_tokens: int
     prefixes: tuple[int, ...]
     kv_cache_bytes: int
 
 
 SIZES = {
-    "smoke": Size(1, 8, (1, 4), 1 << 30),
-    "full": Size(3, 32, (1, 4, 32), 7 << 29),
+    "smoke": Size(1, 512, 8, (1, 4), 1 << 30),
+    "full": Size(3, 2048, 32, (1, 4, 32), 7 << 29),
 }
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         names = task_names(max(size.prefixes))
-        fill_store(store, names, options.geometry, NUM_VIRTUAL_TOKENS, dtype=np.float16)
+        fill_store(store, names, options.geometry, size.num_virtual_tokens, dtype=np.float16)
         engine = Peer.engine(options.flags(store, *flags))
         try:
             engine.wait_until_ready()
@@ -94,8 +94,8 @@ def main() -> None:
         "cartridge",
         arguments.size,
         f"{REQUESTS} requests at once, {size.new_tokens} greedy tokens each, over prefixes of "
-        f"{NUM_VIRTUAL_TOKENS} virtual tokens; float32, {rounds} rounds. KV memory: the most held "
-        "while no other prefixes were resident.",
+        f"{size.num_virtual_tokens} virtual tokens; float32, {rounds} rounds. KV memory: the most "
+        "held while no other prefixes were resident.",
         machine,
         options.settings(*flags) | {"engine": engine.settings},
         [case for some in cases.values() for case in some],

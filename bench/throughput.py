@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "smoke": Size(2, 32, ("W", "W1"), ("transformers",)),
+    "smoke": Size(2, 16, ("W", "W1"), ("transformers",)),
     "full": Size(5, 64, ("W", "W1", "W128"), ("transformers", "transformers-continuous", "peft")),
 }
 REQUESTS = {"W": 32, "W1": 1, "W128": 128}

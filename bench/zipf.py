@@ -44,7 +44,7 @@ class Size(NamedTuple):
     new_tokens: int
 
 
-SIZES = {"smoke": Size(1, 1000, 64, 96, 8), "full": Size(3, 10_000, 256, 768, 32)}
+SIZES = {"smoke": Size(1, 1000, 64, 64, 8), "full": Size(3, 10_000, 256, 768, 32)}
 
 
 class Bench:
