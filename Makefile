@@ -46,8 +46,8 @@ format: setup    ## rewrite files to the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup     ## a short benchmark of the engine and of HTTP on the demo model
-	$(BIN)/python bench/serve.py --size smoke
+bench: setup     ## every benchmark in short, about three minutes
+	$(BIN)/python bench/all.py --size smoke
 
 clean:           ## remove what make created, but not the store
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -79,7 +79,8 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
 def test_flags_that_stand_alone_exist(page: Path) -> None:
     known = set().union(*(flags(command) for command in commands().values()))
     known |= set(re.findall(r"--[a-z-]+", (ROOT / "docker" / "smoke.sh").read_text()))
-    known |= set(re.findall(r"--[a-z-]+", (ROOT / "bench" / "serve.py").read_text()))
+    for script in (ROOT / "bench").rglob("*.py"):
+        known |= set(re.findall(r"--[a-z-]+", script.read_text()))
     alone = {span.split()[0] for span in code(page) if span.startswith("--")}
     assert alone <= known
 

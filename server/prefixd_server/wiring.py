@@ -212,8 +212,8 @@ def _on_a_thread_that_ends(work: Callable[[], T]) -> T:
     """The engine thread alone shall have OpenMP threads.
 
     Each thread that runs a large operator of torch's gets a team of its own, and once the teams
-    have more threads than there are cores, libgomp puts them to sleep after every operator: a decode
-    step of a small model then takes twice as long. A team ends with its thread.
+    have more threads than there are cores, libgomp puts them to sleep after every operator: a
+    decode step of a small model then takes twice as long. A team ends with its thread.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()

@@ -1,1 +1,1 @@
-"""The CPU's own kernels: C++ that is compiled once, at the first start, and called through ctypes."""
+"""The CPU's own kernels: C++ compiled once, at the first start, and called through ctypes."""

@@ -78,15 +78,19 @@ class Kernels:
         tensor = c_void_p
         self._store = _function(
             library.prefixd_store,
-            [tensor, c_int64, c_int64, tensor, c_int64, c_int64, tensor, c_int64]
-            + [c_int32, c_int32, tensor, tensor],
-        )
+            [
+                tensor, c_int64, c_int64, tensor, c_int64, c_int64, tensor, c_int64,
+                c_int32, c_int32, tensor, tensor,
+            ],
+        )  # fmt: skip
         self._attend = _function(
             library.prefixd_attend,
-            [tensor, c_int64, c_int64, tensor, tensor, c_int32, c_int32, c_int32]
-            + [c_float, c_float, c_int32, tensor, c_int32, tensor, tensor, tensor, c_int32]
-            + [tensor, tensor, c_int64, tensor, tensor],
-        )
+            [
+                tensor, c_int64, c_int64, tensor, tensor, c_int32, c_int32, c_int32,
+                c_float, c_float, c_int32, tensor, c_int32, tensor, tensor, tensor, c_int32,
+                tensor, tensor, c_int64, tensor, tensor,
+            ],
+        )  # fmt: skip
         self._rms_norm = _function(
             library.prefixd_rms_norm,
             [tensor, tensor, c_float, c_float, c_int64, c_int64, tensor],

@@ -1,0 +1,1 @@
+"""What all benchmarks share: cases that take turns, the load, the processes, the report."""

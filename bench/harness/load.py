@@ -1,0 +1,129 @@
+"""HTTP load: streams read by a client that costs little, as it shares the cores with the server.
+
+A request is one connection. Times are seconds of ``time.perf_counter``; latencies count from the
+moment at which a request was *due*, so a server that falls behind cannot hide it by being asked
+less often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import uvloop
+from peers.common.prompts import prompts
+
+__all__ = ["Ask", "Reply", "batch", "closed_loop", "latencies", "open_loop"]
+
+
+class Ask(NamedTuple):
+    task: str
+    prompt: str
+    new_tokens: int
+
+
+@dataclass(slots=True)
+class Reply:
+    due: float
+    tokens_at: list[float]
+    """when each token's event arrived"""
+
+    @property
+    def first_s(self) -> float:
+        return self.tokens_at[0] - self.due
+
+    @property
+    def total_s(self) -> float:
+        return self.tokens_at[-1] - self.due
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [b - a for a, b in zip(self.tokens_at, self.tokens_at[1:], strict=False)]
+
+
+def batch(url: str, requests: int, new_tokens: int, tasks: int) -> dict[str, Any]:
+    """``requests`` at once over ``task-0``, ``task-1`` … (0 tasks: the base model); the figures."""
+    asks = [
+        Ask(f"task-{number % tasks}" if tasks else "base", prompt, new_tokens)
+        for number, prompt in enumerate(prompts(requests))
+    ]
+    start = time.perf_counter()
+    replies = uvloop.run(closed_loop(url, asks, requests))
+    seconds = time.perf_counter() - start
+    return {"tokens": requests * new_tokens, "seconds": seconds, **latencies(replies)}
+
+
+async def closed_loop(url: str, asks: Sequence[Ask], concurrency: int) -> list[Reply]:
+    """Always ``concurrency`` requests in flight, until all are answered."""
+    waiting = iter(asks)
+
+    async def worker() -> list[Reply]:
+        return [await _ask(url, ask, time.perf_counter()) for ask in waiting]
+
+    replies = await asyncio.gather(*(worker() for _ in range(min(concurrency, len(asks)))))
+    return [reply for some in replies for reply in some]
+
+
+async def open_loop(url: str, asks: Sequence[Ask], rate: float, seed: int) -> list[Reply]:
+    """Poisson arrivals at ``rate`` requests a second, whether or not the server keeps up."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, size=len(asks))
+    start = time.perf_counter() + 0.05
+    due = start + np.cumsum(gaps)
+    return await asyncio.gather(
+        *(_ask_at(url, ask, float(when)) for ask, when in zip(asks, due, strict=True))
+    )
+
+
+async def _ask_at(url: str, ask: Ask, due: float) -> Reply:
+    await asyncio.sleep(max(0.0, due - time.perf_counter()))
+    return await _ask(url, ask, due)
+
+
+async def _ask(url: str, ask: Ask, due: float) -> Reply:
+    """One streamed request. Raises RuntimeError unless every token came."""
+    address = urlsplit(url)
+    body = json.dumps(
+        {
+            "inputs": ask.prompt,
+            "parameters": {"max_new_tokens": ask.new_tokens, "ignore_eos": True},
+            "stream": True,
+        }
+    ).encode()
+    head = (
+        f"POST /v1/tasks/{ask.task}/generate HTTP/1.1\r\nHost: {address.netloc}\r\n"
+        "Content-Type: application/json\r\nConnection: close\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    try:
+        writer.write(head.encode() + body)
+        status = await reader.readline()
+        tokens_at = [
+            time.perf_counter() async for line in reader if line.startswith(b'data: {"index"')
+        ]
+    finally:
+        writer.close()
+    if b" 200 " not in status or len(tokens_at) != ask.new_tokens:
+        raise RuntimeError(f"{ask.task}: {status.decode().strip()}, {len(tokens_at)} tokens")
+    return Reply(due, tokens_at)
+
+
+def latencies(replies: Iterable[Reply]) -> dict[str, Any]:
+    """p50 and p99 of time to first token, between tokens and to the end; in seconds."""
+    replies = list(replies)
+    samples = {
+        "ttft": [reply.first_s for reply in replies],
+        "itl": [gap for reply in replies for gap in reply.gaps_s],
+        "e2e": [reply.total_s for reply in replies],
+    }
+    return {
+        f"{name}_p{percent}_s": float(np.percentile(values, percent))
+        for name, values in samples.items()
+        for percent in (50, 99)
+    }

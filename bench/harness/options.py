@@ -1,0 +1,65 @@
+"""The options that every benchmark takes, and what follows from them."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prefixd_server.models.demo import demo_model_folder
+from prefixd_store.geometry import Geometry
+from prefixd_store.model_config import geometry_folder
+
+__all__ = ["Options", "parser"]
+
+
+@dataclass(frozen=True)
+class Options:
+    size: str
+    threads: int
+    server_args: tuple[str, ...]
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Options:
+        return cls(arguments.size, arguments.threads, tuple(shlex.split(arguments.server_args)))
+
+    @cached_property
+    def model(self) -> Path:
+        """The demo model's folder, which peers load too."""
+        return demo_model_folder(Path("~/.cache/prefixd").expanduser())
+
+    @property
+    def geometry(self) -> Geometry:
+        return geometry_folder(self.model)
+
+    def flags(self, store: Path, *more: str) -> list[str]:
+        """Of ``prefixd serve`` for this benchmark; --server-args come last and so win."""
+        return [
+            "--model=demo",
+            "--dtype=float32",
+            "--device=cpu",
+            f"--threads={self.threads}",
+            f"--store={store}",
+            *more,
+            *self.server_args,
+        ]
+
+    def settings(self, *more: str) -> dict[str, Any]:
+        return {"flags": " ".join((*more, *self.server_args)) or "none but the model's and store's"}
+
+
+def parser(description: str | None, sizes: Iterable[str] = ("smoke", "full")) -> Any:
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--size", choices=tuple(sizes), default="smoke")
+    made.add_argument("--no-save", action="store_true", help="print only, append to no file")
+    made.add_argument("--threads", type=int, default=2, help="of every server and peer")
+    made.add_argument(
+        "--server-args", default="", help="more flags for prefixd serve, as one string"
+    )
+    return made
