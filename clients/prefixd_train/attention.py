@@ -21,7 +21,15 @@ from transformers import AttentionInterface
 
 from prefixd_train.sites import PrefixKV, Site
 
-__all__ = ["IMPLEMENTATION", "AttentionPlan", "LayerOptions", "RelativeBias", "Role", "assign_role", "register"]
+__all__ = [
+    "IMPLEMENTATION",
+    "AttentionPlan",
+    "LayerOptions",
+    "RelativeBias",
+    "Role",
+    "assign_role",
+    "register",
+]
 
 IMPLEMENTATION = "prefixd_train"
 """the name to load a model with: ``set_attn_implementation(IMPLEMENTATION)``"""

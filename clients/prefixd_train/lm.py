@@ -36,7 +36,7 @@ _DTYPES = {
 @dataclass(frozen=True, eq=False)
 class FrozenLM:
     module: Any
-    """transformers' own model: eval mode, nothing requires grad, our attention function installed"""
+    """transformers' own model in eval mode, nothing requires grad, with our attention function"""
     tokenizer: Any
     name: str
     folder: Path

@@ -158,8 +158,8 @@ class MLPPrefix(_Rows):
         inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)  # [P, middle + 1]
         missing = rows.to(inputs) - last(network[:-1](embedding.weight)).double()
         change = torch.linalg.pinv(inputs) @ missing  # [middle + 1, W]
-        last.weight += change[:-1].T.to(last.weight)
-        last.bias += change[-1].to(last.bias)
+        last.weight.add_(change[:-1].T.to(last.weight))
+        last.bias.add_(change[-1].to(last.bias))
 
     def _modules_of(self, site: Site) -> tuple[nn.Sequential, nn.Embedding]:
         network, embedding = getattr(self, site), getattr(self, f"{site}_input")

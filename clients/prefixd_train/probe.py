@@ -128,15 +128,15 @@ def _shapes(name: str, plan: _ObservingPlan, module: Any) -> dict[Site, SiteShap
         num_layers = sum(its == site for its, _ in plan.shapes)
         found[site] = SiteShape(num_layers, heads, key_dim)
     config = module.config
-    expected = {"decoder": config.get_text_config(decoder=True).num_hidden_layers}
+    expected: dict[Site, int] = {"decoder": config.get_text_config(decoder=True).num_hidden_layers}
     if config.is_encoder_decoder:
         layers = getattr(module.get_decoder(), "layers", None) or module.get_decoder().block
         expected = {"decoder": len(layers), "cross": len(layers)}
-    for site, layers in expected.items():
+    for site, num_layers in expected.items():
         got = found[site].num_layers if site in found else 0
-        if got != layers:
+        if got != num_layers:
             raise UnsupportedModel(
-                f"{name} cannot be trained for: {got} of the {layers} layers of its {site}"
+                f"{name} cannot be trained for: {got} of the {num_layers} layers of its {site}"
                 " attention go through transformers' AttentionInterface"
             )
     if config.is_encoder_decoder and "encoder" not in found:
