@@ -11,7 +11,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ References = Sequence[Sequence[str]]
 """of each segment, one or more"""
 
 NIST_ORDER = 5
+
+_tokenize: Callable[[str], str] = Tokenizer13a()  # type: ignore[no-untyped-call]
+"""mteval's tokenisation, with a blank between tokens"""
 
 
 class Metric(ABC):
@@ -114,12 +117,10 @@ class _Meteor(_Mean):
 
     def __init__(self, wordnet: WordNetCorpusReader) -> None:
         self._wordnet = wordnet
-        self._tokenize = Tokenizer13a()
 
     def segment(self, hypothesis: str, references: Sequence[str]) -> float:
-        words = [self._tokenize(reference).split() for reference in references]
-        mine = self._tokenize(hypothesis).split()
-        return float(meteor_score(words, mine, wordnet=self._wordnet))
+        words = [_words(reference) for reference in references]
+        return float(meteor_score(words, _words(hypothesis), wordnet=self._wordnet))
 
     @property
     def signature(self) -> str:
@@ -136,14 +137,11 @@ class _Nist(Metric):
 
     name = "NIST"
 
-    def __init__(self) -> None:
-        self._tokenize = Tokenizer13a()
-
     def statistics(self, hypotheses: Sequence[str], references: References) -> Array:
-        words = [[self._words(text) for text in refs] for refs in references]
+        words = [[_words(text.lower()) for text in refs] for refs in references]
         information = _information(words)
         pairs = zip(hypotheses, words, strict=True)
-        rows = [_nist_row(self._words(text), refs, information) for text, refs in pairs]
+        rows = [_nist_row(_words(text.lower()), refs, information) for text, refs in pairs]
         return np.asarray(rows, dtype=np.float64)
 
     def score(self, sums: Array) -> float:
@@ -157,8 +155,9 @@ class _Nist(Metric):
     def signature(self) -> str:
         return "nltk's formula, 13a tokens, lower case, weights from all references of the set"
 
-    def _words(self, text: str) -> list[str]:
-        return self._tokenize(text.lower()).split()
+
+def _words(text: str) -> list[str]:
+    return _tokenize(text).split()
 
 
 def _ngrams(words: Sequence[str], order: int) -> Iterator[tuple[str, ...]]:
