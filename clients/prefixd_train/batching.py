@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from prefixd_train.data import Example
+from prefixd_train.errors import TrainError
+from prefixd_train.lm import FrozenLM
 
-__all__ = ["IGNORED", "Batch", "collate", "epoch_batches", "share"]
+__all__ = ["IGNORED", "Batch", "Collator", "epoch_batches", "share"]
 
 IGNORED = -100
 """the label of a position without loss, as torch's cross_entropy has it"""
@@ -82,24 +84,40 @@ def share(batch: Sequence[int], rank: int, num_processes: int) -> list[int]:
     return list(batch[rank::num_processes])
 
 
-def collate(
-    examples: Sequence[Example], *, pad_id: int, decoder_start_id: int | None = None
-) -> Batch:
-    """Source and target of a decoder-only LM make one row. ``decoder_start_id``: the token that an
-    encoder-decoder's decoder begins with; None for the rest."""
-    if decoder_start_id is not None:
-        sources = [list(example.source) for example in examples]
+@dataclass(frozen=True)
+class Collator:
+    """Makes one tensor of each part of some examples. Source and target of a decoder-only LM make
+    one row."""
+
+    pad_id: int
+    decoder_start_id: int | None = None
+    """the token that an encoder-decoder's decoder begins with; None for the rest"""
+
+    @classmethod
+    def of(cls, lm: FrozenLM) -> Collator:
+        """Raises TrainError for an LM that does not say where a text ends or a decoder begins."""
+        eos, pad = lm.tokenizer.eos_token_id, lm.tokenizer.pad_token_id
+        if eos is None:
+            raise TrainError(f"{lm.name}'s tokenizer has no end-of-sequence token")
+        start = None
+        if lm.is_encoder_decoder:
+            generation = lm.module.generation_config
+            start = generation.decoder_start_token_id
+            start = generation.bos_token_id if start is None else start
+            if not isinstance(start, int):
+                raise TrainError(f"{lm.name}'s decoder_start_token_id is {start!r}, not one token")
+        return cls(eos if pad is None else pad, start)
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         targets = [list(example.target) for example in examples]
-        inputs, mask = _padded(sources, pad_id)
-        labels, _ = _padded(targets, IGNORED)
-        shifted, _ = _padded([[decoder_start_id, *target[:-1]] for target in targets], pad_id)
-        return Batch(inputs, mask, labels, shifted)
-    rows = [[*example.source, *example.target] for example in examples]
-    inputs, mask = _padded(rows, pad_id)
-    labels, _ = _padded(
-        [[IGNORED] * len(example.source) + list(example.target) for example in examples], IGNORED
-    )
-    return Batch(inputs, mask, labels)
+        if self.decoder_start_id is not None:
+            begun = [[self.decoder_start_id, *target[:-1]] for target in targets]
+            inputs, mask = _padded([list(example.source) for example in examples], self.pad_id)
+            labels, decoder_inputs = _padded(targets, IGNORED)[0], _padded(begun, self.pad_id)[0]
+            return Batch(inputs, mask, labels, decoder_inputs)
+        inputs, mask = _padded([[*one.source, *one.target] for one in examples], self.pad_id)
+        unseen = [[IGNORED] * len(one.source) + list(one.target) for one in examples]
+        return Batch(inputs, mask, _padded(unseen, IGNORED)[0])
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -67,6 +68,8 @@ class Examples:
     def __init__(self) -> None:
         self.lines: list[int] = []
         self.first_prompt = ""
+        self.num_skipped = 0
+        """rows that were too long"""
         self._tokens = array("i")
         self._bounds = array("q", [0])
 
@@ -86,8 +89,8 @@ class Examples:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
-        starts = np.array(self._bounds[::2])
-        return np.diff(starts).tolist()
+        starts = self._bounds[::2]
+        return [end - begin for begin, end in pairwise(starts)]
 
     @property
     def num_targets(self) -> int:
@@ -97,7 +100,7 @@ class Examples:
 
     def subset(self, lines: set[int]) -> Examples:
         chosen = Examples()
-        chosen.first_prompt = self.first_prompt
+        chosen.first_prompt, chosen.num_skipped = self.first_prompt, self.num_skipped
         for index, line in enumerate(self.lines):
             if line in lines:
                 chosen.add(self[index], line)
@@ -144,7 +147,10 @@ class Encoder:
             yield Example(source, target)
 
     def _target_ids(self, text: str) -> list[int]:
-        ids = self._ids(text, special=False)
+        if self.is_encoder_decoder:  # a decoder has special tokens of its own, language codes too
+            ids: list[int] = self.tokenizer(text_target=text, verbose=False).input_ids
+        else:
+            ids = self._ids(text, special=False)
         eos: int = self.tokenizer.eos_token_id
         # A chat template writes the end of the turn itself, and mostly a line end after it.
         return ids[: ids.index(eos) + 1] if eos in ids else [*ids, eos]
@@ -165,9 +171,9 @@ def read_examples(
     *,
     targets: Literal["all", "first"] = "all",
     too_long: Literal["error", "skip"] = "error",
-) -> tuple[Examples, int]:
-    """All examples of a file, and the number of rows that were skipped as too long."""
-    examples, skipped = Examples(), 0
+) -> Examples:
+    """All examples of a file. Raises DataError, OSError."""
+    examples = Examples()
     for row in read_rows(path):
         try:
             texts = encoder.texts(row.fields)
@@ -177,7 +183,7 @@ def read_examples(
         except TooLongError as error:
             if too_long == "error":
                 raise TooLongError(f"{row.place}: {error}") from error
-            skipped += 1
+            examples.num_skipped += 1
             continue
         except ValueError as error:
             raise DataError(f"{row.place}: {error}") from error
@@ -185,8 +191,9 @@ def read_examples(
         for example in encoded:
             examples.add(example, row.line)
     if not len(examples):
-        raise DataError(f"{path} has no rows" + f" that fit ({skipped} skipped)" * bool(skipped))
-    return examples, skipped
+        skipped = examples.num_skipped
+        raise DataError(f"{path} has no rows" + (f" that fit ({skipped} skipped)" * bool(skipped)))
+    return examples
 
 
 def read_rows(path: Path) -> Iterator[Row]:
