@@ -31,9 +31,9 @@ LEARNING_RATES = {
 UNTRAINED = ("zero-shot", "in-context")
 METHODS = (*UNTRAINED, *LEARNING_RATES)
 
-# The paper's ablations are what the `gpu` size adds.
 _PEERS = ("peft-prefix", "peft-prompt", "peft-lora", "peft-ia3", "fine-tuning", "top-2-layers")
-_OURS = ("prefix-mlp-words", "prefix-direct-words", "prefix-mlp-random", "prefix-direct-random")
+# Direct and random is what `peft-prefix` is too.
+_OURS = ("prefix-mlp-words", "prefix-direct-words", "prefix-mlp-random")
 _CORE = ("prefix-mlp-words", "peft-lora", "fine-tuning")
 
 
@@ -48,7 +48,7 @@ class Job:
     seed: int = 0
     length: int = 10
     """virtual tokens, where the method has them"""
-    steps: int = 150
+    steps: int = 120
     batch_size: int = 4
     lr: float | None = None
     """None: the best one of those tried, or the method's first"""
@@ -83,7 +83,7 @@ def _smoke() -> Iterator[Job]:
 def _tune() -> Iterator[Job]:
     for method in (*_OURS, *_PEERS):
         for lr in LEARNING_RATES[method]:
-            yield Job(method, lr=lr, steps=60, num_test=0)
+            yield Job(method, lr=lr, steps=45, num_test=0)
 
 
 def _cpu() -> Iterator[Job]:
@@ -102,6 +102,7 @@ def _cpu_long() -> Iterator[Job]:
         yield from _trained((*_OURS, *_PEERS), (0, 1, 2), n=n)
     yield from (Job("in-context", n=4, seed=seed) for seed in (1, 2))
     yield from (Job("prefix-mlp-words", length=length) for length in (1, 5, 20, 40))
+    yield from (Job("prefix-direct-random"), Job("prefix-mlp-text"), Job("embedding-only"))
 
 
 def _gpu() -> Iterator[Job]:
@@ -130,9 +131,14 @@ def _unique(jobs: Iterator[Job]) -> tuple[Job, ...]:
 
 SIZES = {
     "smoke": Size("every method for two steps: does it all run?", _unique(_smoke())),
-    "tune": Size("two learning rates of each method, by the loss on dev", _unique(_tune())),
-    "cpu": Size("two cores, about an hour", _unique(_cpu())),
-    "cpu-long": Size("as cpu, three seeds of everything: a night", _unique(_cpu_long())),
+    "tune": Size(
+        "two learning rates of each method, by the loss on dev: 20 minutes on two cores",
+        _unique(_tune()),
+    ),
+    "cpu": Size("a low-data comparison: an hour on two cores", _unique(_cpu())),
+    "cpu-long": Size(
+        "as cpu, three seeds of everything: three hours on two cores", _unique(_cpu_long())
+    ),
     "gpu": Size("all of E2E and WebNLG, the paper's ablations", _unique(_gpu())),
 }
 

@@ -21,9 +21,6 @@ from prefixd_train.testset import Segment, groups, read_segments
 
 __all__ = ["EvaluateOptions", "Evaluation", "evaluate", "find_template"]
 
-DEFAULT_TEMPLATE = "{source}\n"
-"""what `prefixd train` makes a prompt with where it is told nothing"""
-
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -113,14 +110,13 @@ def find_template(version: Version) -> str:
     one in training would score something else.
     """
     training = version.provenance.get("training")
-    if version.provenance.get("trainer") != "prefixd_train" or not isinstance(training, Mapping):
+    template = training.get("prompt_template") if isinstance(training, Mapping) else None
+    if not isinstance(template, str):
         raise TrainError(
             f"{version.task}@{version.version} does not say which prompt template it was trained"
             " with: give one, such as '{source}\\n'"
         )
-    settings: Mapping[str, Any] = training.get("settings", training)
-    template: str | None = settings.get("prompt_template")
-    return DEFAULT_TEMPLATE if template is None else template
+    return template
 
 
 def _parsed(template: str) -> PromptTemplate:

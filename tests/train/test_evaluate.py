@@ -29,6 +29,7 @@ ROWS: list[dict[str, Any]] = [
     {"source": "name : Aarhus", "targets": ["Aarhus is a city."], "seen": True, "category": "City"},
     {"source": "name : Wildwood", "targets": ["Wildwood serves pasta."], "category": "Food"},
 ]
+PLAIN = "{source}\n"
 SHAPE = (3, 2, 5, 8)
 """[L, H_kv, P, D] of the tiny model's prefix"""
 
@@ -40,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     with LiveServer(model, str(folder / "store")) as server, server.client() as client:
         push(client, "trained", folder, seed=1, prompt_template="Say: {source}\n")
         push(client, "trained", folder, seed=2, prompt_template="Tell: {source}\n", active=False)
-        push(client, "default", folder, seed=3, prompt_template=None)
+        push(client, "default", folder, seed=3, prompt_template=PLAIN)
         push(client, "foreign", folder, seed=4)
         yield server
 
@@ -102,8 +103,8 @@ def test_it_scores_what_is_served(server: LiveServer, data: Path, task: str, tem
 def test_the_version_is_chosen_once(server: LiveServer, data: Path, tmp_path: Path) -> None:
     """An activate in the middle of an evaluation changes nothing in it."""
     with server.client() as client:
-        push(client, "swapped", tmp_path, seed=5, prompt_template=None)
-        push(client, "swapped", tmp_path, seed=6, prompt_template=None, active=False)
+        push(client, "swapped", tmp_path, seed=5, prompt_template=PLAIN)
+        push(client, "swapped", tmp_path, seed=6, prompt_template=PLAIN, active=False)
         before = run(server, "swapped", data)
 
         async def swapping() -> Evaluation:
