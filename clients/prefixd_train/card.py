@@ -17,6 +17,7 @@ from prefixd_train.loop import Validation
 __all__ = ["DEFAULT_URL", "curl_line", "model_card", "plot_losses", "provenance"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_MAX_PROMPT = 2000
 _LIBRARIES = ("prefixd", "torch", "transformers", "accelerate")
 
 
@@ -77,7 +78,7 @@ All settings:
 def curl_line(url: str, task: str, prompt: str) -> str:
     """A line of shell that asks the task for an answer to that prompt."""
     route = f"{url.rstrip('/')}/v1/tasks/{task}/generate"
-    body = json.dumps({"inputs": prompt}, ensure_ascii=False)
+    body = json.dumps({"inputs": prompt[:_MAX_PROMPT]}, ensure_ascii=False)
     return f"curl {shlex.quote(route)} -H 'content-type: application/json' -d {shlex.quote(body)}"
 
 

@@ -67,7 +67,8 @@ class Examples:
 
     def __init__(self) -> None:
         self.lines: list[int] = []
-        self.first_prompt = ""
+        self.shortest_prompt = ""
+        """one to try the task with"""
         self.num_skipped = 0
         """rows that were too long"""
         self._tokens = array("i")
@@ -100,7 +101,8 @@ class Examples:
 
     def subset(self, lines: set[int]) -> Examples:
         chosen = Examples()
-        chosen.first_prompt, chosen.num_skipped = self.first_prompt, self.num_skipped
+        chosen.shortest_prompt = self.shortest_prompt
+        chosen.num_skipped = self.num_skipped
         for index, line in enumerate(self.lines):
             if line in lines:
                 chosen.add(self[index], line)
@@ -187,7 +189,9 @@ def read_examples(
             continue
         except ValueError as error:
             raise DataError(f"{row.place}: {error}") from error
-        examples.first_prompt = examples.first_prompt or texts.prompt
+        examples.shortest_prompt = min(
+            examples.shortest_prompt or texts.prompt, texts.prompt, key=len
+        )
         for example in encoded:
             examples.add(example, row.line)
     if not len(examples):

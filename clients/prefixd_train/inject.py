@@ -162,4 +162,11 @@ class _PositionCache(EncoderDecoderCache):  # type: ignore[misc]
         passing = _PassingCache(first_position)
         self.self_attention_cache = passing
         self.cross_attention_cache = passing
-        self.is_updated = dict.fromkeys(range(num_layers), False)
+        self.is_updated = _NeverUpdated.fromkeys(range(num_layers), False)
+
+
+class _NeverUpdated(dict[int, bool]):
+    """A layer that is run again in the backward pass has to make its keys again."""
+
+    def __setitem__(self, layer: int, updated: bool) -> None:
+        super().__setitem__(layer, False)

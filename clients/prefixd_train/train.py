@@ -127,7 +127,7 @@ def _finish(
     folder: RunFolder,
 ) -> Trained:
     told = provenance(config, trainer.step, trainer.validation)
-    card = model_card(told, data.train.first_prompt)
+    card = model_card(told, data.train.shortest_prompt)
     settings = told.pop("settings")
     sha256 = replace_file(
         folder.prefix,
@@ -137,7 +137,7 @@ def _finish(
     )
     replace_file(folder.card, lambda path: path.write_text(card))
     plot_losses(folder.read_metrics(), folder.plot)
-    uploaded = _push(options, folder, data.train.first_prompt)
+    uploaded = _push(options, folder, data.train.shortest_prompt)
     return Trained(folder.prefix, sha256, trainer.step, trainer.validation, uploaded)
 
 
