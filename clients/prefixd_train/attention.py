@@ -191,6 +191,11 @@ def _sdpa(
 ) -> Tensor:
     """[B, H, Q, D]"""
     groups = query.shape[1] // key.shape[1]
+    # CUDA's fast kernels take a mask or grouped heads, not both; and the soft cap has no kernel.
+    on_cpu = query.device.type == "cpu"
+    if groups > 1 and (options.softcap is not None or not (on_cpu or mask is None)):
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        groups = 1
     if options.softcap is None:
         return F.scaled_dot_product_attention(
             query,
@@ -201,9 +206,7 @@ def _sdpa(
             scale=options.scaling,
             enable_gqa=groups > 1,
         )
-    # torch's function has no soft cap (Gemma 2): spell it out, softmax in float32 as eager does.
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # Gemma 2: spelt out, softmax in float32 as eager does.
     scores = query @ key.transpose(2, 3) * options.scaling
     scores = torch.tanh(scores / options.softcap) * options.softcap
     if causal:
