@@ -96,6 +96,10 @@ ROOMS = {
     "prefixd.cli._convert": Room(("prefixd", "prefixd_store"), (*SERVING, "torch")),
     # Adds `serve` and `demo` to the command, where the server is installed.
     "prefixd.cli._server": Room(("prefixd", "prefixd_server.cli"), (*SERVING, "torch")),
+    # Trains a prefix, where the trainer's extra is installed; its settings need no torch.
+    "prefixd.cli._train": Room(("prefixd", "prefixd_train"), (*SERVING, "torch")),
+    # Scores a task, where the trainer's extra is installed.
+    "prefixd.cli._evaluate": Room(("prefixd", "prefixd_train"), (*SERVING, "torch")),
     "prefixd_train": Room(("prefixd", "prefixd_store"), ("fastapi", "redis")),
 }
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from prefixd import APIError, PrefixdError, __version__
-from prefixd.cli import _convert, _generate, _prefixes, _server, _tasks
+from prefixd.cli import _convert, _evaluate, _generate, _prefixes, _server, _tasks, _train
 from prefixd.cli._shared import error_line
 
 __all__ = ["app", "main"]
@@ -40,7 +40,7 @@ def _root(
     pass
 
 
-for _commands in (_server, _prefixes, _convert, _generate, _tasks):
+for _commands in (_server, _train, _evaluate, _prefixes, _convert, _generate, _tasks):
     _commands.register(app)
 
 

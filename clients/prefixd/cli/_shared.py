@@ -27,6 +27,7 @@ __all__ = [
     "print_json",
     "read_text",
     "split_name",
+    "stderr",
     "stdout",
     "transfer",
 ]

@@ -1,0 +1,172 @@
+"""Scores a task on a test set by asking the server that serves it.
+
+What is scored is what clients get: the same tokeniser, prefix, batching and search.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixd import APIError, AsyncClient, Generation, Parameters, PrefixdError, Version
+from prefixd._calls import active_version
+from prefixd_train.errors import TrainError
+from prefixd_train.scores import Scores, markdown, score_groups
+from prefixd_train.template import PromptTemplate
+from prefixd_train.testset import Segment, groups, read_segments
+
+__all__ = ["EvaluateOptions", "Evaluation", "evaluate", "find_template"]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    task: str
+    """``name`` for the active version, or ``name@version``"""
+    data: Path
+    template: str | None = None
+    """None: the one that the version was trained with"""
+    parameters: Parameters | None = None
+    """of the generation; None: greedy, as the task's defaults have it"""
+    limit: int | None = None
+    concurrency: int = 16
+    lowercase: bool = False
+    by_category: bool = False
+    num_resamples: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    version: Version
+    template: str
+    parameters: Parameters
+    segments: Sequence[Segment]
+    generations: Sequence[Generation]
+    scores: Scores
+
+    def as_json(self) -> dict[str, Any]:
+        """Scores, and what they are the scores of."""
+        return {
+            "task": self.version.task,
+            "version": self.version.version,
+            "sha256": self.version.sha256,
+            "base_model": self.version.base_model,
+            "prompt_template": self.template,
+            "parameters": self.parameters,
+            **self.scores.as_json(),
+        }
+
+    def write(self, folder: Path) -> None:
+        """scores.json, scores.md and outputs.jsonl, one line an input."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "outputs.jsonl").open("w") as file:
+            for segment, generation in zip(self.segments, self.generations, strict=True):
+                print(json.dumps(_output(segment, generation), ensure_ascii=False), file=file)
+        text = json.dumps(self.as_json(), indent=2, ensure_ascii=False)
+        (folder / "scores.json").write_text(text + "\n")
+        settings = json.dumps(self.parameters)
+        title = f"# {self.version.task}@{self.version.version}, sha256 {self.version.sha256[:12]}"
+        about = f"Template {json.dumps(self.template)}, parameters {settings}."
+        (folder / "scores.md").write_text(f"{title}\n\n{about}\n\n{markdown(self.scores)}")
+
+
+async def evaluate(
+    client: AsyncClient,
+    options: EvaluateOptions,
+    *,
+    on_start: Callable[[int], None] = lambda num_segments: None,
+    on_output: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Generate for every input of a test set, ``concurrency`` at a time, and score the texts.
+
+    The version is chosen once: an activate meanwhile changes nothing. Raises DataError (the line
+    of the file), TrainError (no template is known), and the client's errors.
+    """
+    version = await _version(client, options.task)
+    template = options.template if options.template is not None else find_template(version)
+    segments = read_segments(options.data, _parsed(template), options.limit)
+    parameters = options.parameters or Parameters()
+    on_start(len(segments))
+    generations = await _generate(client, version, segments, parameters, options, on_output)
+    scores = score_groups(
+        [generation.generated_text.strip() for generation in generations],
+        [segment.references for segment in segments],
+        groups(segments, by_category=options.by_category),
+        lowercase=options.lowercase,
+        num_resamples=options.num_resamples,
+        seed=options.seed,
+    )
+    return Evaluation(version, template, parameters, segments, generations, scores)
+
+
+def find_template(version: Version) -> str:
+    """The prompt template that a version was trained with, from its provenance.
+
+    Raises TrainError where it was not made by `prefixd train`: a prompt of another form than the
+    one in training would score something else.
+    """
+    training = version.provenance.get("training")
+    template = training.get("prompt_template") if isinstance(training, Mapping) else None
+    if not isinstance(template, str):
+        raise TrainError(
+            f"{version.task}@{version.version} does not say which prompt template it was trained"
+            " with: give one, such as '{source}\\n'"
+        )
+    return template
+
+
+def _parsed(template: str) -> PromptTemplate:
+    try:
+        return PromptTemplate(template)
+    except ValueError as error:
+        raise TrainError(str(error)) from error
+
+
+async def _version(client: AsyncClient, name: str) -> Version:
+    task, at, number = name.partition("@")
+    if at and not number.isdecimal():
+        raise TrainError(f"version {number!r} in {name!r} is not a number")
+    chosen = int(number) if at else active_version(await client.task(task))
+    return await client.version(task, chosen)
+
+
+async def _generate(
+    client: AsyncClient,
+    version: Version,
+    segments: Sequence[Segment],
+    parameters: Parameters,
+    options: EvaluateOptions,
+    on_output: Callable[[], None],
+) -> list[Generation]:
+    places = asyncio.Semaphore(options.concurrency)
+
+    async def one(segment: Segment) -> Generation:
+        async with places:
+            try:
+                generation = await client.generate(
+                    version.task, segment.prompt, version=version.version, **parameters
+                )
+            except APIError as error:
+                # Which of a thousand inputs it was is the first thing to know.
+                error.message = f"{segment.place}: {error.message}"
+                raise
+        on_output()
+        return generation
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(segment)) for segment in segments]
+    except* PrefixdError as failed:
+        first = failed.exceptions[0]
+    else:
+        return [task.result() for task in tasks]
+    raise first
+
+
+def _output(segment: Segment, generation: Generation) -> dict[str, Any]:
+    shown = segment._asdict() | {"output": generation.generated_text}
+    return {name: value for name, value in shown.items() if value is not None}

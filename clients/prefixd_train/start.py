@@ -1,0 +1,74 @@
+"""A prefix before its first step: its sites, its parameters, its first values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain, cycle, islice
+
+from prefixd_store import InvalidPrefix
+from prefixd_train.data import Examples
+from prefixd_train.errors import TrainError
+from prefixd_train.initialise import activations_of_tokens, from_prefix_file, from_text, from_words
+from prefixd_train.lm import FrozenLM
+from prefixd_train.options import TrainOptions
+from prefixd_train.parameterise import PrefixParameters, make_prefix
+from prefixd_train.sites import PrefixKV, Site
+
+__all__ = ["prefix_lengths", "start_prefix"]
+
+
+def prefix_lengths(options: TrainOptions, lm: FrozenLM) -> dict[Site, int]:
+    """P at each site that the prefix goes to. Raises TrainError for one that the LM lacks."""
+    asked = options.sites.split(",")
+    known = [*lm.shapes, "all"]
+    unknown = [site for site in asked if site not in known]
+    if unknown:
+        raise TrainError(f"sites {unknown[0]!r}: {lm.name} has {', '.join(known)}")
+    sites = [site for site in lm.shapes if site in asked or "all" in asked]
+    return dict.fromkeys(sites, options.num_virtual_tokens)
+
+
+def start_prefix(
+    options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int], train: Examples
+) -> PrefixParameters:
+    """Random parts are drawn from torch's generator. Raises TrainError."""
+    try:
+        prefix = make_prefix(
+            lm.shapes,
+            lengths,
+            options.parameterisation,
+            hidden=options.hidden,
+            middle=options.middle,
+            dropout=options.prefix_dropout,
+            frozen_first=options.frozen_first,
+        )
+        values = _first_values(options, lm, lengths, train)
+        if values is not None:
+            prefix.set_kv(values)
+    except (ValueError, InvalidPrefix, OSError) as error:
+        raise TrainError(str(error)) from error
+    return prefix.to(lm.device)
+
+
+def _first_values(
+    options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int], train: Examples
+) -> PrefixKV | None:
+    match options.init:
+        case "random":
+            return None
+        case "prefix":
+            assert options.init_from is not None
+            return from_prefix_file(lm, options.init_from)
+        case "words":
+            assert options.init_text is not None
+            return from_words(lm, options.init_text, lengths)
+        case "text" if options.init_text is not None:
+            return from_text(lm, options.init_text, lengths)
+    return _from_examples(lm, lengths, train)
+
+
+def _from_examples(lm: FrozenLM, lengths: Mapping[Site, int], train: Examples) -> PrefixKV:
+    """What the LM keeps of the first examples, one after the other: as if it were shown some."""
+    tokens = chain.from_iterable(chain(*train[index]) for index in cycle(range(len(train))))
+    found = activations_of_tokens(lm, list(islice(tokens, max(lengths.values()))))
+    return {site: found[site] for site in lengths}

@@ -1,0 +1,149 @@
+"""From a file of examples to a task that answers: load, train, write, upload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from prefixd import Client, UploadResult
+from prefixd_train.card import curl_line, model_card, plot_losses, provenance
+from prefixd_train.checkpoint import Checkpoints, replace_file
+from prefixd_train.lm import FrozenLM, load_lm
+from prefixd_train.loop import Trainer, Validation
+from prefixd_train.objective import Objective, negative_log_likelihood
+from prefixd_train.options import TrainOptions
+from prefixd_train.parameterise import PrefixParameters
+from prefixd_train.prepare import Data, check_server, make_accelerator, read_data, run_config
+from prefixd_train.progress import Log, Reporter, tensorboard_log
+from prefixd_train.recompute import recompute_layers
+from prefixd_train.run_folder import RunFolder
+from prefixd_train.save import save_prefix
+from prefixd_train.start import prefix_lengths, start_prefix
+
+__all__ = ["Trained", "Uploaded", "train"]
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    result: UploadResult
+    curl: str
+    """a line to try the task with"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    prefix: Path
+    sha256: str
+    steps: int
+    validation: Validation
+    uploaded: Uploaded | None
+
+
+def train(
+    options: TrainOptions,
+    *,
+    objective: Objective = negative_log_likelihood,
+    console: Console | None = None,
+) -> Trained | None:
+    """One run, from options to a file and, with ``push``, a live task. Every process of a run on
+    several devices calls it; all but the first get None. ``console``: where to show progress.
+
+    Raises TrainError (settings, folder, data), UnsupportedModel, and what an upload raises.
+    """
+    accelerator = make_accelerator(options)
+    lm = load_lm(options.model, dtype=options.dtype, device=str(accelerator.device))
+    if options.push is not None:
+        check_server(options.push, options.api_key, lm)
+    lengths = prefix_lengths(options, lm)
+    data = read_data(options, lm, lengths)
+    config = run_config(options, lm, lengths, data)
+    folder = RunFolder(options.folder)
+    if accelerator.is_main_process:
+        folder.open(config, resume=options.resume)
+    accelerator.wait_for_everyone()
+    set_seed(options.seed)
+    prefix = start_prefix(options, lm, lengths, data.train)
+    set_seed(options.seed + accelerator.process_index)  # dropout is each process's own
+    if options.gradient_checkpointing:
+        recompute_layers(lm)
+    reporter = Reporter()
+    if accelerator.is_main_process:
+        reporter = _reporter(options, folder, console)
+    trainer = Trainer(
+        lm,
+        prefix,
+        data.train,
+        options,
+        dev=data.dev,
+        objective=objective,
+        accelerator=accelerator,
+        checkpoints=Checkpoints(folder.checkpoints, keep=options.keep_checkpoints),
+        reporter=reporter,
+    )
+    reporter.note(_opening(trainer, lm, prefix, data))
+    _resume(trainer, folder, reporter, accelerator)
+    trainer.run()
+    return _finish(trainer, options, config, data, folder) if accelerator.is_main_process else None
+
+
+def _reporter(options: TrainOptions, folder: RunFolder, console: Console | None) -> Reporter:
+    logs: list[Log] = [folder.log]
+    if options.tensorboard:
+        logs.append(tensorboard_log(folder.path))
+    return Reporter(console, log_every=options.log_every, logs=logs)
+
+
+def _opening(trainer: Trainer, lm: FrozenLM, prefix: PrefixParameters, data: Data) -> str:
+    trained = sum(weight.numel() for weight in prefix.parameters() if weight.requires_grad)
+    frozen = sum(weight.numel() for weight in lm.module.parameters())
+    return (
+        f"{lm.name}: {frozen:,} frozen parameters; training {trained:,} ({trained / frozen:.2%})"
+        f" on {len(data.train):,} examples in {trainer.num_steps:,} steps"
+    )
+
+
+def _resume(
+    trainer: Trainer, folder: RunFolder, reporter: Reporter, accelerator: Accelerator
+) -> None:
+    checkpoint = Checkpoints(folder.checkpoints, keep=1).latest()
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+        reporter.note(f"going on after step {trainer.step}")
+    if accelerator.is_main_process:
+        folder.rewind(trainer.step)
+
+
+def _finish(
+    trainer: Trainer,
+    options: TrainOptions,
+    config: Mapping[str, Any],
+    data: Data,
+    folder: RunFolder,
+) -> Trained:
+    told = provenance(config, trainer.step, trainer.validation)
+    card = model_card(told, data.train.shortest_prompt)
+    settings = told.pop("settings")
+    sha256 = replace_file(
+        folder.prefix,
+        lambda path: save_prefix(
+            path, trainer.lm, trainer.prefix, training=settings, provenance={**told, "card": card}
+        ),
+    )
+    replace_file(folder.card, lambda path: path.write_text(card))
+    plot_losses(folder.read_metrics(), folder.plot)
+    uploaded = _push(options, folder, data.train.shortest_prompt)
+    return Trained(folder.prefix, sha256, trainer.step, trainer.validation, uploaded)
+
+
+def _push(options: TrainOptions, folder: RunFolder, prompt: str) -> Uploaded | None:
+    if options.push is None:
+        return None
+    with Client(options.push, api_key=options.api_key) as client:
+        result = client.push(options.task, folder.prefix)
+    return Uploaded(result, curl_line(options.push, options.task, prompt))

@@ -1,0 +1,181 @@
+"""The comparison of methods compares what it says: each decodes and trains as its library does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support.models import tiny_model_folder
+from tests.support.threads import one_thread
+
+__all__ = ["one_thread"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUALITY = Path(__file__).parents[2] / "bench" / "quality"
+NAMES = [path.stem for path in QUALITY.glob("*.py")]
+NEW_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def quality() -> Iterator[SimpleNamespace]:
+    """The scripts' modules by name. Their names are plain, so no other test may see them."""
+    before = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    sys.path.insert(0, str(QUALITY))
+    yield SimpleNamespace(**{name: import_module(name) for name in NAMES})
+    sys.path.remove(str(QUALITY))
+    for name in NAMES:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "source": f"name[{'Blue Spice ' * (i % 3)}{i}]",
+            "targets": [f"{i} is a pub.", f"Pub {i}."],
+        }
+        for i in range(60)
+    ]
+    for dataset in ("e2e", "webnlg"):
+        (folder / dataset).mkdir()
+        for name in ("train", "test"):
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / dataset / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def base(quality: SimpleNamespace, model: Path) -> Any:
+    return quality.methods.Base(str(model), "cpu")
+
+
+TRAINED: dict[str, Any] = {}
+"""by name: several tests look at one"""
+
+
+def trained(quality: SimpleNamespace, base: Any, data: Path, method: str) -> Any:
+    if method not in TRAINED:
+        TRAINED[method] = _train(quality, base, data, method)
+    return TRAINED[method]
+
+
+def _train(quality: SimpleNamespace, base: Any, data: Path, method: str) -> Any:
+    job = quality.jobs.Job(method, n=8, length=3, num_test=3, max_new_tokens=NEW_TOKENS)
+    texts = quality.texts.load_texts(job, data, base.tokenizer)
+    torch.manual_seed(0)
+    found = quality.run.KINDS.get(method, quality.run.Prefix)(base, job, texts)
+    if found.parameters():
+        collate = quality.run.Collator.of(base.lm)
+        quality.loop.train(found, texts.train, collate, steps=3, batch_size=2, lr=1e-2, seed=0)
+    return found
+
+
+METHODS = [
+    "in-context",
+    "prefix-mlp-words",
+    "prefix-direct-text",
+    "embedding-only",
+    "infix-mlp-words",
+]
+PEERS = ["peft-prefix", "peft-prompt", "peft-lora", "peft-ia3", "peft-loha"]
+PEERS += ["fine-tuning", "top-2-layers"]
+
+
+@pytest.mark.parametrize("name", [*METHODS, *PEERS])
+def test_decoding_in_a_batch_is_decoding_alone(
+    quality: SimpleNamespace, base: Any, data: Path, name: str
+) -> None:
+    method = trained(quality, base, data, name)
+    prompts = [method.prompt(segment.prompt) for segment in method.texts.test]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    assert method.decode(prompts) == [method.decode([prompt])[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_decodes_and_scores_as_its_library_does(
+    quality: SimpleNamespace, base: Any, data: Path, name: str
+) -> None:
+    method = trained(quality, base, data, name)
+    module = getattr(method, "peft", method.module)
+    for segment in method.texts.test:
+        prompt = method.prompt(segment.prompt)
+        assert method.decode([prompt])[0] == generated(module, prompt, base.tokenizer.eos_token_id)
+    batch = quality.run.Collator.of(base.lm)(method.texts.train)
+    logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = logits[:, -batch.input_ids.shape[1] :]  # behind a soft prompt's own
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+    total, num_targets = method.loss(batch)
+    assert (total / num_targets).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def generated(module: Any, prompt: list[int], eos: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    row = module.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=eos,
+    )[0].tolist()[len(prompt) :]
+    return row[: row.index(eos)] if eos in row else row
+
+
+def test_our_random_prefix_trains_as_pefts(quality: SimpleNamespace, base: Any, data: Path) -> None:
+    ours = trained(quality, base, data, "prefix-direct-random").kv()["decoder"]
+    theirs = trained(quality, base, data, "peft-prefix").kv()["decoder"]
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_goes_on_where_it_was_stopped(
+    quality: SimpleNamespace,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*methods: str) -> str:
+        only = [part for method in methods for part in ("--only", method)]
+        places = ["--data", str(data), "--out", str(tmp_path), "--model", str(model)]
+        monkeypatch.setattr(sys, "argv", ["run.py", "--size", "smoke", *places, *only])
+        quality.run.main()
+        return capsys.readouterr().err
+
+    assert "1 jobs, 1 to do" in run("zero-shot")
+    assert "3 jobs, 2 to do" in run("zero-shot", "prefix-mlp-words")
+    assert "3 jobs, 0 to do" in run("zero-shot", "prefix-mlp-words")
+    monkeypatch.setattr(sys, "argv", ["report.py", "--out", str(tmp_path)])
+    quality.report.main()
+    text = (tmp_path / "report.md").read_text()
+    assert "| prefix-mlp-words | 1 |" in text
+    assert (tmp_path / "methods-0.svg").exists()
+
+
+def test_the_learning_rate_is_the_best_of_those_tried(quality: SimpleNamespace) -> None:
+    jobs = quality.jobs
+    tried = [
+        {"job": {"method": "peft-lora", "lr": lr}, "lr": lr, "dev_loss": loss}
+        for lr, loss in ((1e-3, 2.0), (3e-3, 1.5))
+    ]
+    assert jobs.chosen_lr(jobs.Job("peft-lora"), tried) == 3e-3
+    assert jobs.chosen_lr(jobs.Job("peft-lora", lr=1e-4), tried) == 1e-4
+    assert jobs.chosen_lr(jobs.Job("peft-ia3"), tried) == jobs.LEARNING_RATES["peft-ia3"][0]

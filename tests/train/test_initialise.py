@@ -1,0 +1,153 @@
+"""A prefix that starts from a text is the LM with that text in its context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefixd_train.ablations import EmbeddingPrefix
+from prefixd_train.batching import Batch
+from prefixd_train.initialise import (
+    activations_of_tokens,
+    from_prefix_file,
+    from_text,
+    from_words,
+)
+from prefixd_train.inject import forward
+from prefixd_train.lm import FrozenLM
+from prefixd_train.parameterise import make_prefix
+from prefixd_train.save import save_prefix
+from prefixd_train.sites import PrefixKV
+from tests.support.training import SITES_OF, batch_of, rows, tiny_lm
+
+TEXT = "The town hall stands at the river; its clock was built in 1873 and still keeps the time."
+P = 8
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def lms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FrozenLM]:
+    folder = tmp_path_factory.mktemp("models")
+    return {family: tiny_lm(family, folder / family) for family in SITES_OF}
+
+
+def in_context(lm: FrozenLM, tokens: list[int], batch: Batch) -> torch.Tensor:
+    """Logits [B, S, V] of the LM that reads ``tokens`` ahead of each row."""
+    head = torch.tensor([tokens]).expand(len(batch.input_ids), -1)
+    together = Batch(
+        torch.cat([head, batch.input_ids], 1),
+        torch.cat([torch.ones_like(head), batch.attention_mask], 1),
+        torch.cat([torch.full_like(head, -100), batch.labels], 1),
+    )
+    return forward(lm, together, None)[:, len(tokens) :]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_first_positions_of_a_text_are_the_text_in_context(
+    lms: dict[str, FrozenLM], family: str
+) -> None:
+    lm = lms[family]
+    tokens = lm.tokenizer(TEXT)["input_ids"]
+    batch = batch_of(lm, rows(1, 4, 6), rows(2, 3, 2))
+    prefix = make_prefix(lm.shapes, {"decoder": len(tokens)})
+    prefix.set_kv(from_text(lm, TEXT, prefix.lengths))
+    expected = in_context(lm, tokens, batch)
+    torch.testing.assert_close(forward(lm, batch, prefix()), expected, rtol=0, atol=TOLERANCE)
+    # The last layer of an MLP is solved for the same values.
+    for kind in ("mlp", "mlp-deep"):
+        mlp = make_prefix(lm.shapes, prefix.lengths, kind, hidden=32, middle=64)  # type: ignore[arg-type]
+        mlp.set_kv(prefix())
+        torch.testing.assert_close(forward(lm, batch, mlp()), expected, rtol=0, atol=1e-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_words_repeat_up_to_the_length(lms: dict[str, FrozenLM], family: str) -> None:
+    lm = lms[family]
+    words = lm.tokenizer("summarize this", add_special_tokens=False)["input_ids"]
+    repeated = (words * P)[:P]
+    assert len(words) < P
+    batch = batch_of(lm, rows(1, 4), rows(2, 3))
+    ours = forward(lm, batch, from_words(lm, "summarize this", {"decoder": P}))
+    torch.testing.assert_close(ours, in_context(lm, repeated, batch), rtol=0, atol=TOLERANCE)
+
+    embeddings = EmbeddingPrefix(lm, P)
+    embeddings.set_tokens(repeated)
+    torch.testing.assert_close(forward(lm, batch, embeddings()), ours, rtol=0, atol=TOLERANCE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_of_an_encoder_decoder_every_site_has_its_own_activations(
+    lms: dict[str, FrozenLM], family: str
+) -> None:
+    """Cross-attention keys are those of the encoder's output: a decoder that has them ahead, and
+    nothing else to look at but a text that repeats it, attends to the same."""
+    lm = lms[family]
+    tokens = lm.tokenizer(TEXT)["input_ids"][:P]
+    found = activations_of_tokens(lm, tokens)
+    assert {site: list(keys.shape) for site, (keys, _) in found.items()} == {
+        site: [shape.num_layers, shape.num_kv_heads, P, shape.head_dim]
+        for site, shape in lm.shapes.items()
+    }
+    batch = batch_of(lm, [tokens], rows(2, 5))
+    doubled = forward(lm, batch, {"cross": found["cross"]})
+    torch.testing.assert_close(doubled, forward(lm, batch, None), rtol=0, atol=TOLERANCE)
+
+
+@torch.inference_mode()
+def test_evenly_chosen_keys_stand_at_their_place_in_the_prefix(lms: dict[str, FrozenLM]) -> None:
+    """The first layer's key of a token depends on it and its position alone."""
+    lm = lms["llama"]
+    tokens = lm.tokenizer(TEXT)["input_ids"]
+    chosen = [tokens[-(-place * len(tokens) // P)] for place in range(P)]
+    keys, values = from_text(lm, TEXT, {"decoder": P}, choose="even")["decoder"]
+    alone_keys, alone_values = activations_of_tokens(lm, chosen)["decoder"]
+    torch.testing.assert_close(keys[0], alone_keys[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(values[0], alone_values[0], rtol=0, atol=1e-5)
+    assert (values[1] - alone_values[1]).abs().max() > 1e-2, "the whole text was not read"
+    everything = from_text(lm, TEXT, {"decoder": len(tokens)}, choose="even")
+    first = from_text(lm, TEXT, {"decoder": len(tokens)})
+    torch.testing.assert_close(everything["decoder"], first["decoder"])
+
+
+def test_another_prefix_is_copied_and_its_first_tokens_stay_frozen(
+    lms: dict[str, FrozenLM], tmp_path: Path
+) -> None:
+    lm = lms["gpt2"]
+    start: PrefixKV = from_words(lm, "translate", {"decoder": P})
+    save_prefix(tmp_path / "a.safetensors", lm, start, training={})
+    prefix = make_prefix(lm.shapes, {"decoder": P}, frozen_first=2)
+    prefix.set_kv(from_prefix_file(lm, tmp_path / "a.safetensors"))
+    torch.testing.assert_close(prefix()["decoder"], start["decoder"])
+    for parameter in prefix.parameters():
+        with torch.no_grad():
+            parameter += 1
+    for moved, before in zip(prefix()["decoder"], start["decoder"], strict=True):
+        torch.testing.assert_close(moved[:, :, :2], before[:, :, :2])
+        torch.testing.assert_close(moved[:, :, 2:], before[:, :, 2:] + 1)
+
+
+def test_what_does_not_fit_is_refused_by_name(lms: dict[str, FrozenLM], tmp_path: Path) -> None:
+    lm = lms["llama"]
+    with pytest.raises(ValueError, match=r"has 2 tokens; the prefix takes 9"):
+        from_text(lm, "a b", {"decoder": 9})
+    with pytest.raises(ValueError, match="no tokens"):
+        from_words(lm, "", {"decoder": 2})
+    prefix = make_prefix(lm.shapes, {"decoder": 3})
+    with pytest.raises(ValueError, match=r"\[3, 2, 4, 8\].*\[3, 2, 3, 8\]"):
+        prefix.set_kv(from_words(lm, "a", {"decoder": 4}))
+    with pytest.raises(ValueError, match="this LM has decoder"):
+        make_prefix(lm.shapes, {"encoder": 3})
+    with pytest.raises(ValueError, match="one for all its sites"):
+        make_prefix(lms["t5"].shapes, {"encoder": 3, "cross": 4})
+    save_prefix(
+        tmp_path / "a", lms["gpt2"], from_words(lms["gpt2"], "a", {"decoder": 3}), training={}
+    )
+    with pytest.raises(ValueError, match="another model"):
+        from_prefix_file(lm, tmp_path / "a")
+    with pytest.raises(ValueError, match="decoder-only"):
+        EmbeddingPrefix(lms["t5"], 3)
