@@ -22,7 +22,7 @@ from prefixd_server.engine.thread import EngineThread
 from prefixd_server.errors import Draining, PrefixdError, UnsupportedModel
 from prefixd_server.frontend.service import Frontend
 from prefixd_server.frontend.text import TextCodec
-from prefixd_server.http.metrics import EngineGauges, Metrics
+from prefixd_server.http.metrics import EngineGauges, Metrics, PromptCacheUsage
 from prefixd_server.http.services import ModelInfo, PoolUsage, Services
 from prefixd_server.http.spool import Spool
 from prefixd_server.kv.allocator import PageAllocator
@@ -137,6 +137,8 @@ class Server:
                 self.residency,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                # An encoder-decoder's prompt is one token: its text goes through the encoder.
+                prompt_cache=config.cache.prompt_cache and model.seq2seq is None,
             ),
             _make_runner(model, backend),
             Sampler(model.vocab_size, model.eos_token_ids, model.device),
@@ -172,12 +174,19 @@ class Server:
         return PoolUsage(allocator.page_size, allocator.num_pages, allocator.num_free)
 
     def _gauges(self) -> EngineGauges:
+        prompts = self.engine.scheduler.prompt_cache
         return EngineGauges(
             running=self.engine.num_running,
             waiting=self.engine.num_waiting,
             kv_cache_usage=self.allocator.num_used / self.allocator.num_pages,
             preemptions=self.engine.scheduler.num_preemptions,
             resident={str(tier): count for tier, count in self.residency.resident.items()},
+            prompt_cache=PromptCacheUsage(
+                queries=prompts.num_queried_tokens,
+                hits=prompts.num_hit_tokens,
+                pages=len(prompts.pages),
+                evictions=prompts.pages.num_evictions,
+            ),
         )
 
     def _collect_garbage(self) -> None:
