@@ -202,13 +202,14 @@ class Rig:
         deadline: float = float("inf"),
         capture_kv: bool = False,
         leading_special_tokens: int = 0,
+        tenant: str = TENANT,
         **sampling: object,
     ) -> str:
         sampling.setdefault("max_new_tokens", 5)
         number = len(self.requests)
         request = EngineRequest(
             request_id=f"r{number}",
-            tenant=TENANT,
+            tenant=tenant,
             task=task,
             version=None,
             prompt_token_ids=tuple(prompt),
