@@ -29,7 +29,7 @@ from report import Case, machine, report
 from rich.console import Console
 
 from prefixd import Client
-from prefixd_server.config import Config, ModelConfig, StoreConfig
+from prefixd_server.config import CacheConfig, Config, ModelConfig, StoreConfig
 from prefixd_server.models.demo import demo_model_folder
 from prefixd_server.types import EngineRequest, FinishReason, Output, SamplingParams
 from prefixd_server.wiring import Server
@@ -124,7 +124,7 @@ def server_process(store: Path, threads: int) -> Iterator[str]:
         port = probe.getsockname()[1]
     options = [f"--store={store}", f"--port={port}", f"--threads={threads}", "--log-level=error"]
     command = [sys.executable, "-m", "prefixd", "serve", "--model=demo", "--dtype=float32"]
-    process = subprocess.Popen([*command, "--device=cpu", *options])
+    process = subprocess.Popen([*command, "--device=cpu", "--no-prompt-cache", *options])
     url = f"http://127.0.0.1:{port}"
     try:
         with Client(url) as client:
@@ -199,6 +199,8 @@ def measure(size: Size, threads: int, folder: Path) -> list[Case]:
     config = Config(
         model=ModelConfig(device="cpu", dtype="float32", threads=threads),
         store=StoreConfig(store=str(folder / "store")),
+        # The same prompts come again and again; all of their tokens are to be computed each time.
+        cache=CacheConfig(prompt_cache=False),
     )
     model_folder = demo_model_folder(Path(config.model.cache_dir).expanduser())
     server = Server(config)

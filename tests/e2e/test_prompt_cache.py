@@ -93,7 +93,9 @@ def num_hits(run: EngineRun) -> int:
     "options",
     [
         pytest.param({}, id="mixed"),
-        pytest.param({"max_num_batched_tokens": 24, "page_size": 4, "num_pages": 600}, id="chunked"),
+        pytest.param(
+            {"max_num_batched_tokens": 24, "page_size": 4, "num_pages": 600}, id="chunked"
+        ),
         pytest.param({"page_size": 1, "num_pages": 500}, id="pages-of-one"),
     ],
 )
