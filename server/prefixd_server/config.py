@@ -49,6 +49,9 @@ class CacheConfig(_Section):
     )
     host_cache_bytes: int = Field(2 * GiB, ge=0, description="prefixes kept in host memory, LRU")
     max_device_prefixes: int = Field(4096, ge=1, description="prefixes kept in the KV pool, LRU")
+    prompt_cache: bool = Field(
+        True, description="compute prompts that begin alike once, within a tenant and prefix"
+    )
     load_threads: int = Field(4, ge=1, le=64, description="prefix loads at the same time")
     load_retry_s: float = Field(
         1.0, ge=0, description="after a failed load, fail at once for so long before trying again"

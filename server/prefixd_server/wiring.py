@@ -26,7 +26,7 @@ from prefixd_server.engine.thread import EngineThread
 from prefixd_server.errors import Draining, PrefixdError, UnsupportedModel
 from prefixd_server.frontend.service import Frontend
 from prefixd_server.frontend.text import TextCodec
-from prefixd_server.http.metrics import EngineGauges, Metrics
+from prefixd_server.http.metrics import EngineGauges, Metrics, PromptCacheUsage
 from prefixd_server.http.services import ModelInfo, PoolUsage, Services
 from prefixd_server.http.spool import Spool
 from prefixd_server.kv.allocator import PageAllocator
@@ -149,6 +149,8 @@ class Server:
                 self.residency,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                # An encoder-decoder's prompt is one token: its text goes through the encoder.
+                prompt_cache=config.cache.prompt_cache and model.seq2seq is None,
             ),
             _make_runner(config, model, backend),
             Sampler(model.vocab_size, model.eos_token_ids, model.device),
@@ -184,6 +186,7 @@ class Server:
         return PoolUsage(allocator.page_size, allocator.num_pages, allocator.num_free)
 
     def _gauges(self) -> EngineGauges:
+        prompts = self.engine.scheduler.prompt_cache
         return EngineGauges(
             running=self.engine.num_running,
             waiting=self.engine.num_waiting,
@@ -196,6 +199,12 @@ class Server:
             },
             loads=self.residency.loads,
             tasks=self.registry.num_tasks,
+            prompt_cache=PromptCacheUsage(
+                queries=prompts.num_queried_tokens,
+                hits=prompts.num_hit_tokens,
+                pages=len(prompts.pages),
+                evictions=prompts.pages.num_evictions,
+            ),
         )
 
     def _collect_garbage(self) -> None:

@@ -74,8 +74,9 @@ class RuleRunner:
     def __init__(self, world: World, *, asynchronous: bool) -> None:
         self.world = world
         self.asynchronous = asynchronous
-        self.kv: dict[tuple[int, int], int] = {}
-        """(page, offset) → the token that was computed there"""
+        self.kv: dict[tuple[int, int], object] = {}
+        """(page, offset) → what a token's KV depend on: the prefix, and all tokens up to it"""
+        self.num_computed = 0
         self.seeds = {version.key: seed for seed, version in enumerate(world.versions)}
         self.num_steps = 0
 
@@ -106,19 +107,20 @@ class RuleRunner:
         size = self.world.allocator.page_size
         for offset in range(size):
             for source, target in copies:
-                self.kv[target, offset] = self.kv.get((source, offset), -1)
+                self.kv[target, offset] = self.kv.get((source, offset))
 
     def _write(self, sequence: Sequence, count: int) -> None:
         allocator, start = self.world.allocator, sequence.num_computed
-        for i, token in enumerate(sequence.tokens(start, start + count), start):
+        self.num_computed += count
+        for i in range(start, start + count):
             page, offset = sequence.pages[i // allocator.page_size], i % allocator.page_size
             assert allocator.references(page) == 1, "written where another sequence reads"
-            self.kv[page, offset] = token
+            self.kv[page, offset] = _history(sequence, i)
 
     def _assert_holds_tokens(self, sequence: Sequence, stop: int) -> None:
         size = self.world.allocator.page_size
         held = [self.kv[sequence.pages[i // size], i % size] for i in range(stop)]
-        assert held == sequence.tokens(0, stop)
+        assert held == [_history(sequence, i) for i in range(stop)]
 
     def _logits(self, sequence: Sequence) -> Tensor:
         if sequence.prompt_token_ids[0] == NAN and sequence.output_token_ids:
@@ -138,6 +140,11 @@ class RuleRunner:
         return key, -key
 
 
+def _history(sequence: Sequence, i: int) -> tuple[object, ...]:
+    prefix = sequence.prefix.sha256 if sequence.prefix else None
+    return (sequence.request.tenant, prefix, *sequence.tokens(0, i + 1))
+
+
 class Rig:
     """Tasks t0, t1, … with prefixes of ``sizes`` tokens. Time stands still but for the test."""
 
@@ -152,6 +159,7 @@ class Rig:
         max_queue: int = 100,
         by_hand: bool = True,
         asynchronous: bool = False,
+        prompt_cache: bool = True,
     ) -> None:
         self.world = World(root, sizes, num_pages=num_pages, by_hand=by_hand, load_retry_s=0.0)
         registry = Registry(self.world.store, LimitsConfig())
@@ -178,6 +186,7 @@ class Rig:
                 residency,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                prompt_cache=prompt_cache,
             ),
             cast(ModelRunner, self.runner),
             Sampler(VOCAB, frozenset({EOS}), "cpu"),
@@ -195,13 +204,14 @@ class Rig:
         deadline: float = float("inf"),
         capture_kv: bool = False,
         leading_special_tokens: int = 0,
+        tenant: str = TENANT,
         **sampling: object,
     ) -> str:
         sampling.setdefault("max_new_tokens", 5)
         number = len(self.requests)
         request = EngineRequest(
             request_id=f"r{number}",
-            tenant=TENANT,
+            tenant=tenant,
             task=task,
             version=None,
             prompt_token_ids=tuple(prompt),

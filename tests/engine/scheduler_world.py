@@ -97,6 +97,7 @@ class World:
         page_size: int = 4,
         max_num_seqs: int = 4,
         max_num_batched_tokens: int = 16,
+        prompt_cache: bool = False,
     ) -> None:
         self.allocator = PageAllocator(num_pages, page_size)
         self.prefixes = FakePrefixes(self.allocator)
@@ -104,8 +105,10 @@ class World:
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
         }
-        self.scheduler = Scheduler(self.allocator, self.prefixes, **limits)
-        self.oracle = Oracle(num_pages, page_size, **limits)
+        self.scheduler = Scheduler(
+            self.allocator, self.prefixes, prompt_cache=prompt_cache, **limits
+        )
+        self.oracle = Oracle(num_pages, page_size, caches=prompt_cache, **limits)
         self.sequences: dict[str, Sequence] = {}
         self.versions: dict[str, PrefixVersion] = {}
         self.num_arrived = 0
@@ -129,8 +132,12 @@ class World:
         *,
         priority: int = 0,
         beams: int = 1,
+        alike: int | None = None,
     ) -> Sequence | None:
-        """A request, or None if not even an empty pool has room for it (admission refuses it)."""
+        """A request, or None if not even an empty pool has room for it (admission refuses it).
+
+        ``alike``: after so many tokens its prompt is like nobody's; by default all are alike.
+        """
         version = self.versions[prefix] if prefix else None
         size = self.allocator.page_size
         most = min(self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens)
@@ -144,7 +151,10 @@ class World:
             tenant=TENANT,
             task=prefix,
             version=None,
-            prompt_token_ids=tuple(range(prompt)),
+            prompt_token_ids=tuple(
+                i if alike is None or i < alike else i + 1000 * self.num_arrived
+                for i in range(prompt)
+            ),
             sampling=SamplingParams(max_new_tokens=new),
             deadline=float("inf"),
             priority=priority,
@@ -156,12 +166,20 @@ class World:
             sequence.beam_group = BeamGroup(sequence, search)
         self.scheduler.add(sequence)
         self.sequences[request.request_id] = sequence
-        self.oracle.items.append(Item(sequence.order, prompt, new, prefix, beams=beams))
+        self.oracle.items.append(
+            Item(sequence.order, list(request.prompt_token_ids), new, prefix, beams=beams)
+        )
         return sequence
 
     def abort(self, id_: str) -> None:
         self._release(self.sequences.pop(id_))
         self.oracle.remove(id_)
+
+    def poison(self, id_: str) -> None:
+        """Its logits are not finite: it ends, and what it knew is not found again."""
+        self.scheduler.prompt_cache.drop(self.sequences[id_])
+        self.oracle.drop(self.oracle.item(id_))
+        self.abort(id_)
 
     def move(self, name: str, place: Place) -> None:
         """A load goes on, ends or fails."""
@@ -193,6 +211,7 @@ class World:
         for sequence, num_tokens in step.scheduled:
             sequence.num_computed += num_tokens
             if sequence.num_uncomputed == 0 and sequence.request_id not in self.searches:
+                self.scheduler.prompt_cache.offer(sequence)
                 sequence.output_token_ids.append(0)
         done = self.oracle.commit(decision)
         for id_ in sorted(self.searches & dict(scheduled).keys()):
@@ -214,6 +233,8 @@ class World:
         assert group is not None
         if sequence.branches[0].num_uncomputed:
             return False
+        self.scheduler.prompt_cache.offer(sequence)
+        self.oracle.offer(self.oracle.item(sequence.request_id))
         k = group.num_beams
         parents = [self.rng.randrange(k) for _ in range(k)]
         outputs = group.outputs
@@ -236,6 +257,11 @@ class World:
         self.scheduler.check()
         self.allocator.check([*self.scheduler.owned_pages(), *self.prefixes.owned_pages()])
         assert self.allocator.num_free == self.oracle.free()
+        cache = self.scheduler.prompt_cache
+        assert len(cache.pages) == len(self.oracle.cached)
+        assert cache.pages.num_evictions == self.oracle.num_evictions
+        assert cache.num_hit_tokens == self.oracle.num_hits
+        assert cache.num_queried_tokens == self.oracle.num_looked_up
         for queue, items in (
             (self.scheduler.waiting, self.oracle.waiting()),
             (self.scheduler.running, self.oracle.running()),

@@ -28,6 +28,7 @@ def fresh_world(rng: Random) -> World:
         page_size=rng.choice([1, 1, 4, 16]),
         max_num_seqs=rng.randint(2, 12),
         max_num_batched_tokens=rng.choice([2, 8, 40, 40]),
+        prompt_cache=rng.random() < 0.7,
     )
     for i in range(rng.randint(0, 4)):
         most = world.allocator.num_pages * world.allocator.page_size // 2
@@ -40,13 +41,17 @@ def random_event(world: World, rng: Random) -> None:
     if draw < 0.5:
         most = world.allocator.num_pages * world.allocator.page_size // 2
         prefix = rng.choice([None, *world.versions])
-        prompt, new = rng.randint(1, max(1, most // 4)), rng.randint(1, 30)
+        longest = most // rng.choice([1, 4, 4])
+        prompt, new = rng.randint(1, max(1, longest)), rng.randint(1, 30)
         beams = rng.choice([1, 1, 2, 3])
         if beams > 1:
             prompt, new = min(prompt, 6), min(new, 12)  # or few would fit
-        world.arrive(prompt, new, prefix, priority=rng.choice([0, 0, 0, 1, -1]), beams=beams)
+        alike = rng.choice([None, 0, rng.randint(1, most)])
+        priority = rng.choice([0, 0, 0, 1, -1])
+        world.arrive(prompt, new, prefix, priority=priority, beams=beams, alike=alike)
     elif draw < 0.55 and world.sequences:
-        world.abort(rng.choice(sorted(world.sequences)))
+        end = rng.choice([world.abort, world.abort, world.poison])
+        end(rng.choice(sorted(world.sequences)))
     elif world.versions:
         name = rng.choice(sorted(world.versions))
         if world.place(name) in NEXT:
@@ -78,6 +83,9 @@ def test_the_traces_are_not_trivial() -> None:
     assert sum(world.num_arrived for world in worlds) > 400
     assert sum(world.num_forks for world in worlds) > 100
     assert sum(world.num_forks_again for world in worlds) > 4
+    caches = [world.scheduler.prompt_cache for world in worlds]
+    assert sum(cache.num_hit_tokens for cache in caches) > 200
+    assert sum(cache.pages.num_evictions for cache in caches) > 500
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -88,6 +96,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_batched_tokens=st.sampled_from([1, 4, 30]),
         sizes=st.lists(st.integers(1, 5), max_size=3),
         pinned=st.integers(0, 7),
+        prompt_cache=st.booleans(),
     )
     def start(
         self,
@@ -97,12 +106,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_batched_tokens: int,
         sizes: list[int],
         pinned: int,
+        prompt_cache: bool,
     ) -> None:
         self.world = World(
             num_pages=num_pages,
             page_size=page_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            prompt_cache=prompt_cache,
         )
         for i, size in enumerate(sizes):
             tokens = min(size, num_pages * page_size)
@@ -114,17 +125,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix=st.integers(0, 3),
         priority=st.integers(-1, 1),
         beams=st.sampled_from([1, 1, 2, 3]),
+        alike=st.sampled_from([None, 0, 5]),
     )
-    def arrive(self, prompt: int, new: int, prefix: int, priority: int, beams: int) -> None:
+    def arrive(
+        self, prompt: int, new: int, prefix: int, priority: int, beams: int, alike: int | None
+    ) -> None:
         names = [None, *self.world.versions]
         name = names[prefix % len(names)]
-        self.world.arrive(prompt, new, name, priority=priority, beams=beams)
+        self.world.arrive(prompt, new, name, priority=priority, beams=beams, alike=alike)
 
     @precondition(lambda self: self.world.sequences)
     @rule(pick=st.integers(0, 9))
     def abort(self, pick: int) -> None:
         ids = sorted(self.world.sequences)
-        self.world.abort(ids[pick % len(ids)])
+        end = self.world.poison if pick == 9 else self.world.abort
+        end(ids[pick % len(ids)])
 
     @precondition(lambda self: self.world.versions)
     @rule(pick=st.integers(0, 3), event=st.integers(0, 2))

@@ -23,7 +23,7 @@ from prefixd_server.errors import Draining, EngineDead, PrefixdError
 from prefixd_server.frontend.service import Frontend
 from prefixd_server.frontend.text import TextCodec
 from prefixd_server.http.app import create_app
-from prefixd_server.http.metrics import EngineGauges, Metrics
+from prefixd_server.http.metrics import EngineGauges, Metrics, PromptCacheUsage
 from prefixd_server.http.services import ModelInfo, PoolUsage, Services
 from prefixd_server.prefix.registry import Registry
 from prefixd_server.types import (
@@ -190,14 +190,15 @@ def stack(root: Path, config: Config | None = None) -> Iterator[Stack]:
     engine = EchoEngine(mailbox, registry)
     metrics.bind_engine(
         lambda: EngineGauges(
-            len(engine.running),
-            0,
-            0.25,
-            0,
+            running=len(engine.running),
+            waiting=0,
+            kv_cache_usage=0.25,
+            preemptions=0,
             resident={"device": 1, "host": 2},
             resident_bytes={"device": 100, "host": 200},
             loads={"queued": 0, "fetching": 0, "copying": 0},
             tasks=1,
+            prompt_cache=PromptCacheUsage(queries=30, hits=20, pages=5, evictions=1),
         )
     )
     registry.on_change(metrics.task_changed)

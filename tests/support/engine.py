@@ -63,8 +63,9 @@ class EngineRun:
         page_size: int = 16,
         max_num_seqs: int = 128,
         max_num_batched_tokens: int = 512,
-        attention: Literal["auto", "sdpa", "triton"] = "auto",
+        attention: Literal["auto", "native", "triton", "sdpa"] = "auto",
         cuda_graphs: bool = True,
+        prompt_cache: bool = True,
     ) -> None:
         geometry = model.geometry
         page = KVPool.bytes_per_page(
@@ -77,7 +78,9 @@ class EngineRun:
         config = Config(
             model=ModelConfig(attention=attention, cuda_graphs=cuda_graphs),
             store=StoreConfig(store=str(store)),
-            cache=CacheConfig(kv_cache_bytes=num_pages * page, page_size=page_size),
+            cache=CacheConfig(
+                kv_cache_bytes=num_pages * page, page_size=page_size, prompt_cache=prompt_cache
+            ),
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
             ),

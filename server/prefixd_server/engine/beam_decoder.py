@@ -44,12 +44,12 @@ class BeamDecoder:
         """
         group = sequence.beam_group
         assert group is not None
+        scores, logprobs = self._scores(sequence, logits.float())
         if group.outputs and not group.beams:
             # Preempted before: what it computed again was known, the last hypotheses go on.
             group.fork(self._allocator, group.outputs)
             return None
         search = group.search
-        scores, logprobs = self._scores(sequence, logits.float())
         parents = search.advance(
             scores.expand(group.num_beams, -1), logprobs.expand(group.num_beams, -1)
         )

@@ -184,6 +184,7 @@ class Engine:
             # One broken step must not end the server: its requests fail, the others go on.
             log.exception("a step of %d sequences failed", len(step.scheduled))
             for sequence, _ in step.scheduled:
+                self.scheduler.prompt_cache.drop(sequence)
                 error = StepFailed("the model failed to run this request's step")
                 self._finish(sequence, Finish(FinishReason.ERROR, error))
 
@@ -206,8 +207,9 @@ class Engine:
             try:
                 finish = self.beam_decoder.advance(sequence, logits.next_token[mine])
             except NoDistribution:
-                self._finish(sequence, Finish(FinishReason.ERROR, _no_logits()))
+                self._fail_without_logits(sequence)
                 continue
+            self.scheduler.prompt_cache.offer(sequence)
             if finish is not None:
                 self._finish(sequence, finish)
             elif not sequence.started:
@@ -228,14 +230,21 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: Token | None) -> None:
         if token is None:
-            self._finish(sequence, Finish(FinishReason.ERROR, _no_logits()))
+            self._fail_without_logits(sequence)
             return
+        self.scheduler.prompt_cache.offer(sequence)
         sequence.output_token_ids.append(token.id)
         reason = self._finish_reason(sequence, token.id)
         if reason is None:
             self._emit(sequence, (token,))
         else:
             self._finish(sequence, Finish(reason), (token,))
+
+    def _fail_without_logits(self, sequence: Sequence) -> None:
+        """Its logits are not finite: nothing that it computed, or began with, is to be trusted."""
+        self.scheduler.prompt_cache.drop(sequence)
+        error = StepFailed("the model returned no finite logits for this request")
+        self._finish(sequence, Finish(FinishReason.ERROR, error))
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         params = sequence.params
@@ -293,7 +302,3 @@ class Engine:
         if self._outputs:
             outputs, self._outputs = self._outputs, []
             self.mailbox.deliver(outputs)
-
-
-def _no_logits() -> StepFailed:
-    return StepFailed("the model returned no finite logits for this request")

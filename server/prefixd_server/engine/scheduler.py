@@ -11,6 +11,9 @@ admitted in a step may be longer than the budget, or a long text would never run
 When a decode needs a page and none is free, idle prefixes are evicted; then the running sequence
 that is last in order is preempted: it waits again, and its tokens are computed anew.
 
+Admission takes what the prompt cache has of the sequence's tokens, as pages that others may own
+too, and only the rest is computed. Cached pages without an owner are free pages to all others.
+
 A beam search is one sequence here until its prompt has run, then k in lockstep (``beam_group``):
 all of them in a step or none, admitted and preempted together. It takes k seats from the start.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 from bisect import insort
 from typing import NamedTuple, Protocol
 
+from prefixd_server.engine.prompt_cache import PromptCache
 from prefixd_server.engine.sequence import Sequence, Status
 from prefixd_server.errors import PrefixdError
 from prefixd_server.kv.allocator import PageAllocator, pages_for
@@ -65,9 +69,11 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        prompt_cache: bool = False,
     ) -> None:
         self.allocator = allocator
         self.prefixes = prefixes
+        self.prompt_cache = PromptCache(allocator, enabled=prompt_cache)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []  # kept in order
@@ -102,6 +108,7 @@ class Scheduler:
         return [pages for sequence in self.running for pages in _held(sequence)]
 
     def check(self) -> None:
+        self.prompt_cache.check()
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
             assert queue == sorted(queue, key=_order)
             assert all(sequence.status is status for sequence in queue)
@@ -230,17 +237,21 @@ class Scheduler:
         cross = pages_for(len(sequence.encoder_token_ids), size)
         own = pages_for(sequence.num_tokens, size)
         needed = cross + (group.pages_known(size) if group else own)
+        cached = self.prompt_cache.take(sequence)
         # One spare page for each running sequence's next growth, or admitting this one would soon
         # preempt it again.
-        pages = self._allocate(needed, spare=self._num_seats, force=not self.running)
+        pages = self._allocate(needed - len(cached), spare=self._num_seats, force=not self.running)
         if pages is None:
+            self.allocator.release(reversed(cached))
             if lease is not None:
                 lease.release()
             return Blocked.NO_PAGES
-        sequence.cross_pages, sequence.pages = pages[:cross], pages[cross : cross + own]
+        end = cross + own - len(cached)
+        sequence.cross_pages, sequence.pages = pages[:cross], cached + pages[cross:end]
         sequence.lease = lease
+        self.prompt_cache.admitted(sequence, len(cached))
         if group:
-            group.reserve = pages[cross + own :]
+            group.reserve = pages[end:]
         return None
 
     # --- pages -----------------------------------------------------------------------------------
@@ -253,7 +264,8 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         for pages in _held(sequence):
-            self.allocator.release(pages)
+            # The end of a prompt is of no use without its beginning, so it is given away first.
+            self.allocator.release(reversed(pages))
         sequence.pages, sequence.cross_pages = [], []
         if sequence.beam_group:
             sequence.beam_group.collapse()

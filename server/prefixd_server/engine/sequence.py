@@ -58,6 +58,12 @@ class Sequence:
         self.status = Status.WAITING
         self.num_computed = 0
         """own tokens whose KV is in ``pages``; less than ``num_tokens`` between steps"""
+        self.page_keys: list[bytes] = []
+        """what the first full pages hold, as the prompt cache names it"""
+        self.num_offered = 0
+        """how many of ``pages`` came out of the prompt cache or were offered to it"""
+        self.num_cached_tokens: int | None = None
+        """tokens that the prompt cache had at the first admission; None before"""
         self.pages: list[int] = []
         self.cross_pages: list[int] = []
         self.lease: Lease | None = None

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from prefixd_server.types import FinishReason
 from prefixd_store.records import TaskRecord
 
-__all__ = ["CONTENT_TYPE", "EngineGauges", "Metrics"]
+__all__ = ["CONTENT_TYPE", "EngineGauges", "Metrics", "PromptCacheUsage"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -40,6 +40,16 @@ _E2E = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60,
 _LOAD = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
+class PromptCacheUsage(NamedTuple):
+    queries: int
+    """tokens of the prompts that were looked up"""
+    hits: int
+    """those of them that were there"""
+    pages: int
+    """that can be found, in use or not"""
+    evictions: int
+
+
 class EngineGauges(NamedTuple):
     """Read when Prometheus asks."""
 
@@ -56,6 +66,7 @@ class EngineGauges(NamedTuple):
     """state (``queued``, ``fetching``, ``copying``) → loads in it"""
     tasks: int
     """registered, of all tenants"""
+    prompt_cache: PromptCacheUsage
 
 
 class Metrics:
@@ -191,14 +202,23 @@ class _EngineCollector(Collector):
         yield self._gauge(
             "vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", now.kv_cache_usage
         )
-        preempted = CounterMetricFamily(
-            "vllm:num_preemptions", "Sequences put back for want of pages.", labels=["model_name"]
+        yield self._counter(
+            "vllm:num_preemptions", "Sequences put back for want of pages.", now.preemptions
         )
-        preempted.add_metric([self._model_name], now.preemptions)
-        yield preempted
-        tasks = GaugeMetricFamily("prefixd_tasks", "Tasks registered.", labels=[])
-        tasks.add_metric([], now.tasks)
-        yield tasks
+        prompts = now.prompt_cache
+        yield self._counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", prompts.queries
+        )
+        yield self._counter(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the cache.", prompts.hits
+        )
+        yield GaugeMetricFamily(
+            "prefixd_prompt_cache_pages", "KV pages that prompts can share.", prompts.pages
+        )
+        yield CounterMetricFamily(
+            "prefixd_prompt_cache_evictions", "Cached pages given away.", prompts.evictions
+        )
+        yield GaugeMetricFamily("prefixd_tasks", "Tasks registered.", value=now.tasks)
         resident = GaugeMetricFamily(
             "prefixd_prefix_resident", "Prefixes in a tier.", labels=["tier"]
         )
@@ -212,6 +232,11 @@ class _EngineCollector(Collector):
 
     def _gauge(self, name: str, help: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, help, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _counter(self, name: str, help: str, value: int) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, help, labels=["model_name"])
         family.add_metric([self._model_name], value)
         return family
 
