@@ -44,6 +44,8 @@ class Options:
             "--device=cpu",
             f"--threads={self.threads}",
             f"--store={store}",
+            # They repeat their prompts; what a prompt cache saves depends on the traffic.
+            "--no-prompt-cache",
             *more,
             *self.server_args,
         ]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prefixd_server.engine.penalties import SamplingRow, adjust_, needs_adjusting
 from prefixd_server.engine.sampling_filters import draw, supports, weight_scale
+from prefixd_server.native import kernels
 from prefixd_server.types import Token
 
 __all__ = ["Sampler", "SamplingRow", "prompt_logprobs", "uniform"]
@@ -37,6 +38,7 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._device = torch.device(device)
         self._scale = weight_scale(vocab_size)
+        self._kernels = kernels.load() if self._device.type == "cpu" else None
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Token | None]:
@@ -51,8 +53,8 @@ class Sampler:
         if not rows:
             return []
         scores = logits.to(self._device, torch.float32)
-        norm = scores.logsumexp(-1)
-        ids, valid = self._choose(scores, norm.isfinite(), rows)
+        largest, norm = self._peaks(scores)
+        ids, valid = self._choose(scores, largest, norm.isfinite(), rows)
         logprobs = scores.gather(1, ids[:, None])[:, 0] - norm
         tops = _alternatives(scores, norm, [row.params.top_n_tokens for row in rows])
         # One copy from the device; a double holds any of the three exactly.
@@ -62,15 +64,18 @@ class Sampler:
             for (id_, logprob, ok), top in zip(drawn, tops, strict=True)
         ]
 
+    def _peaks(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's largest and logsumexp; one pass over the logits where there is a kernel."""
+        if self._kernels is not None and scores.is_contiguous():
+            return self._kernels.peaks(scores)
+        return scores.argmax(-1), scores.logsumexp(-1)
+
     def _choose(
-        self, scores: Tensor, valid: Tensor, rows: Sequence[SamplingRow]
+        self, scores: Tensor, ids: Tensor, valid: Tensor, rows: Sequence[SamplingRow]
     ) -> tuple[Tensor, Tensor]:
-        """ids ``[B]``, and which of them mean something; ``scores`` is left as it is."""
+        """ids ``[B]``, and which of them mean something, made of those of the largest and those
+        that have a distribution; ``scores`` is left as it is."""
         shaped = [i for i, row in enumerate(rows) if not row.params.greedy or needs_adjusting(row)]
-        if len(shaped) < len(rows):
-            ids = scores.argmax(-1)
-        else:
-            ids = torch.empty(len(rows), dtype=torch.long, device=self._device)
         chunk = max(1, _WORK_ELEMENTS[self._device.type != "cpu"] // self._vocab_size)
         for start in range(0, len(shaped), chunk):
             at = shaped[start : start + chunk]

@@ -343,6 +343,42 @@ void merge(const int32_t* parts, int32_t num_parts, const Layer& layer, int32_t 
     for (int32_t d = 0; d < layer.dim; d++) output[d] /= sum;
 }
 
+// The first largest of a row of logits, and log(sum(e^x)). NaN and +inf give NaN.
+FOR_EACH_CPU
+void peak(const float* logits, int64_t size, int64_t* largest, float* log_sum) {
+    constexpr int64_t CHUNK = 1024;  // stays in L1 between the two passes
+    float highest = NEVER, sum = 0;
+    int64_t where = 0;
+    for (int64_t start = 0; start < size; start += CHUNK) {
+        const float* chunk = logits + start;
+        const int64_t count = std::min(CHUNK, size - start), whole = count / LANES * LANES;
+        Vec most = splat(NEVER);
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const Vec x = *(const Vec*)(chunk + i);
+            most = x > most ? x : most;
+        }
+        float top = NEVER;
+        for (int i = 0; i < LANES; i++) top = std::max(top, ((float*)&most)[i]);
+        for (int64_t i = whole; i < count; i++) top = std::max(top, chunk[i]);
+        if (top > highest) {
+            for (int64_t i = 0; i < count; i++)
+                if (chunk[i] == top) {
+                    where = start + i;
+                    break;
+                }
+            sum *= std::exp(highest - top);
+            highest = top;
+        }
+        Vec sums{};
+        for (int64_t i = 0; i < whole; i += LANES)
+            sums += exp_negative(*(const Vec*)(chunk + i) - highest);
+        sum += sum_of(sums);
+        for (int64_t i = whole; i < count; i++) sum += std::exp(chunk[i] - highest);
+    }
+    *largest = where;
+    *log_sum = highest + std::log(sum);
+}
+
 FOR_EACH_CPU
 void normalise(const float* from, const float* weight, float plus, float epsilon, int64_t size,
                float* to) {
@@ -384,9 +420,10 @@ void prefixd_attend(const float* query, int64_t query_token, int64_t query_head,
                       kv_heads, dim,      scaling,    softcap, window};
 #pragma omp parallel
     {
-        std::vector<float> scratch(size_t(2 * dim + 1) * LANES);
+        static thread_local std::vector<float> scratch;
+        scratch.resize(size_t(2 * dim + 1) * LANES);
         float* aligned = (float*)((uintptr_t(scratch.data()) + 63) & ~uintptr_t(63));
-#pragma omp for collapse(2) schedule(dynamic)
+#pragma omp for collapse(2) schedule(dynamic, 2)
         for (int32_t i = 0; i < num_parts; i++)
             for (int32_t h = 0; h < kv_heads; h++)
                 attend_part(step, layer, step.parts[i], h, results, aligned);
@@ -396,6 +433,13 @@ void prefixd_attend(const float* query, int64_t query_token, int64_t query_head,
                 merge(token_rows + token_first[t], token_first[t + 1] - token_first[t], layer, h,
                       results, output + (t * heads + h) * dim);
     }
+}
+
+// For each row of logits [rows, size]: where the largest is, and log(sum(e^x)).
+void prefixd_peaks(const float* logits, int64_t rows, int64_t size, int64_t* largest,
+                   float* log_sums) {
+#pragma omp parallel for schedule(static) if (rows * size > 65536)
+    for (int64_t r = 0; r < rows; r++) peak(logits + r * size, size, largest + r, log_sums + r);
 }
 
 // Root-mean-square normalisation of [rows, size]; `plus` is 1 where the weight is stored less one.

@@ -96,6 +96,10 @@ class Kernels:
             [tensor, tensor, c_float, c_float, c_int64, c_int64, tensor],
         )
 
+        self._peaks = _function(
+            library.prefixd_peaks, [tensor, c_int64, c_int64, tensor, tensor]
+        )
+
     def store(self, key: Tensor, value: Tensor, slots: int, keys: Tensor, values: Tensor) -> None:
         """Write key and value [T, H_kv, D] to their slots of [num_slots, H_kv, D]; ``slots`` is the
         address of T int64."""
@@ -127,6 +131,14 @@ class Kernels:
             *parts.addresses, parts.workspace(heads, dim), output.data_ptr(),
         )  # fmt: skip
         return output
+
+    def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of logits [B, V], contiguous: the first largest's index [B], int64, and the log of the
+        sum of their exponentials [B], NaN where one is NaN or +inf or all are -inf."""
+        rows, size = logits.shape
+        largest, log_sums = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        self._peaks(logits.data_ptr(), rows, size, largest.data_ptr(), log_sums.data_ptr())
+        return largest, log_sums
 
     def rms_norm(self, x: Tensor, weight: Tensor, plus: float, epsilon: float) -> Tensor:
         """x [..., C], contiguous; weight [C]."""
