@@ -119,7 +119,7 @@ def test_scores_far_apart(scaling: float, softcap: float | None) -> None:
 @pytest.mark.parametrize("num_queries", [1, 20])
 @pytest.mark.parametrize("dim", [20, 64])
 def test_tensors_are_read_as_transformers_lays_them_out(num_queries: int, dim: int) -> None:
-    """Views of [1, H, T, D], of one product for all three, and with a last dimension that is not."""
+    """Views of [1, H, T, D], of one product for all three, and with the last dimension apart."""
     step = make_step(Case(5, [9], [Spec(0, 6, num_queries)] * 3, seed=1), Heads(2, 3, dim))
     wanted = reference(step, LayerOptions(0.3))
 
