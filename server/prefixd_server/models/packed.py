@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from prefixd_server.models import rotary
 from prefixd_server.native import kernels
 from prefixd_server.native.kernels import Kernels
 
@@ -37,7 +38,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack(module: nn.Module, run: Callable[[], object] | None = None) -> None:
-    """Replace the linear layers and RMS norms below ``module`` in place.
+    """Replace the linear layers, RMS norms and rotary embeddings below ``module`` in place.
 
     ``run`` runs the module once; what it shows to read one input is joined. The replaced layers
     hold no ``weight`` to train or to save.
@@ -54,6 +55,8 @@ def pack(module: nn.Module, run: Callable[[], object] | None = None) -> None:
             setattr(parent, name, _PackedLinear(*_weight_and_bias(child)))
         elif loaded is not None and (norm := _RMSNorm.like(child, loaded)) is not None:
             setattr(parent, name, norm)
+    if loaded is not None:
+        rotary.use_kernel(module, loaded)
 
 
 def _children(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

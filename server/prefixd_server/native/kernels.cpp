@@ -379,6 +379,17 @@ void peak(const float* logits, int64_t size, int64_t* largest, float* log_sum) {
     *log_sum = highest + std::log(sum);
 }
 
+// Turn one head by rotary angles, halves as Llama has them; cosine and sine [D].
+FOR_EACH_CPU
+void rotate(const float* from, const float* cosine, const float* sine, int64_t dim, float* to) {
+    const int64_t half = dim / 2;
+    for (int64_t d = 0; d < half; d++) {
+        const float first = from[d], second = from[d + half];
+        to[d] = first * cosine[d] - second * sine[d];
+        to[d + half] = second * cosine[d + half] + first * sine[d + half];
+    }
+}
+
 FOR_EACH_CPU
 void normalise(const float* from, const float* weight, float plus, float epsilon, int64_t size,
                float* to) {
@@ -433,6 +444,16 @@ void prefixd_attend(const float* query, int64_t query_token, int64_t query_head,
                 merge(token_rows + token_first[t], token_first[t + 1] - token_first[t], layer, h,
                       results, output + (t * heads + h) * dim);
     }
+}
+
+// Rotate [T, H, D] with strides by cosine and sine [T, D]; `to` is contiguous.
+void prefixd_rotate(const float* from, int64_t from_token, int64_t from_head, const float* cosine,
+                    const float* sine, int64_t tokens, int64_t heads, int64_t dim, float* to) {
+#pragma omp parallel for schedule(static) if (tokens * heads * dim > 131072)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++)
+            rotate(from + t * from_token + h * from_head, cosine + t * dim, sine + t * dim, dim,
+                   to + (t * heads + h) * dim);
 }
 
 // For each row of logits [rows, size]: where the largest is, and log(sum(e^x)).

@@ -96,9 +96,11 @@ class Kernels:
             [tensor, tensor, c_float, c_float, c_int64, c_int64, tensor],
         )
 
-        self._peaks = _function(
-            library.prefixd_peaks, [tensor, c_int64, c_int64, tensor, tensor]
+        self._rotate = _function(
+            library.prefixd_rotate,
+            [tensor, c_int64, c_int64, tensor, tensor, c_int64, c_int64, c_int64, tensor],
         )
+        self._peaks = _function(library.prefixd_peaks, [tensor, c_int64, c_int64, tensor, tensor])
 
     def store(self, key: Tensor, value: Tensor, slots: int, keys: Tensor, values: Tensor) -> None:
         """Write key and value [T, H_kv, D] to their slots of [num_slots, H_kv, D]; ``slots`` is the
@@ -131,6 +133,17 @@ class Kernels:
             *parts.addresses, parts.workspace(heads, dim), output.data_ptr(),
         )  # fmt: skip
         return output
+
+    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """x [1, H, T, D] turned by cosine and sine [1, T, D], contiguous: x * cosine +
+        rotate_half(x) * sine, as Llama's ``apply_rotary_pos_emb`` computes it."""
+        _, heads, tokens, dim = x.shape
+        output = torch.empty(1, tokens, heads, dim)
+        self._rotate(
+            x.data_ptr(), x.stride(2), x.stride(1), cosine.data_ptr(), sine.data_ptr(),
+            tokens, heads, dim, output.data_ptr(),
+        )  # fmt: skip
+        return output.transpose(1, 2)
 
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of logits [B, V], contiguous: the first largest's index [B], int64, and the log of the
