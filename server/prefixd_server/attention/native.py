@@ -1,12 +1,13 @@
 """Attention on the CPU that reads the pages where they are, through the C++ kernels.
 
-A step becomes parts: each prefix once, against the queries of all its sequences, and each
-sequence's own tokens against its own queries. The kernel joins a query's parts by log-sum-exp, so
-a prefix of thousands of tokens is read once a step, however many requests use it.
+A step becomes parts: a prefix that several sequences use, once, against the queries of all of them;
+and what each sequence sees alone. The kernel joins a query's parts by log-sum-exp, so a prefix of
+thousands of tokens is read once a step, however many requests use it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -98,36 +99,43 @@ def _new_slots(spans: Sequence[Span], page_size: int) -> np.ndarray[tuple[int], 
 
 
 def _parts(spans: Sequence[Span], page_size: int) -> AttentionParts:
-    parts: list[tuple[int, int, int, int, int, int]] = []
+    parts: list[tuple[int, int, int, int, int, int, int]] = []
     pages: list[int] = []
     rows: list[int] = []
     query_index: list[int] = []
-    sharing: dict[int, list[int]] = {}  # a prefix's first page, which is its alone -> its queries
-    prefixes: dict[int, Span] = {}
+    # A prefix's first page is its alone.
+    users = Counter(span.prefix_pages[0] for span in spans if span.prefix_len)
+    shared: dict[int, tuple[Span, list[int]]] = {}  # a prefix -> one of its users, all its queries
 
-    def add(queries: Sequence[int], of: Sequence[int], num_keys: int, key_offset: int) -> None:
-        first_page = len(pages)
-        pages.extend(of)
-        for first_key in range(0, num_keys, _LONGEST_PART):
+    def add(span: Span, queries: Sequence[int], first: int, end: int) -> None:
+        """Keys ``first`` … ``end - 1`` of the span's joint sequence, against ``queries``."""
+        prefix_page = len(pages)
+        pages.extend(span.prefix_pages)
+        own_page = len(pages)
+        pages.extend(span.pages)
+        for first_key in range(first, end, _LONGEST_PART):
             first_row = len(rows)
             rows.extend(queries)
-            end_key = min(num_keys, first_key + _LONGEST_PART)
-            parts.append((first_row, len(rows), first_page, first_key, end_key, key_offset))
+            end_key = min(end, first_key + _LONGEST_PART)
+            parts.append(
+                (first_row, len(rows), prefix_page, span.prefix_len, own_page, first_key, end_key)
+            )
 
     for span in spans:
         first = len(query_index)
-        last = span.prefix_len + span.num_keys - 1
+        num_keys = span.prefix_len + span.num_keys
         if isinstance(span, SequenceSpan):
-            query_index.extend(range(last + 1 - span.query_len, last + 1))
+            query_index.extend(range(num_keys - span.query_len, num_keys))
         else:  # in cross-attention every query sees all of it
-            query_index.extend([last] * span.query_len)
+            query_index.extend([num_keys - 1] * span.query_len)
         queries = range(first, len(query_index))
-        add(queries, span.pages, span.num_keys, span.prefix_len)
-        if span.prefix_len:
-            sharing.setdefault(span.prefix_pages[0], []).extend(queries)
-            prefixes[span.prefix_pages[0]] = span
-    for page, prefix in prefixes.items():
-        add(sharing[page], prefix.prefix_pages, prefix.prefix_len, 0)
+        if span.prefix_len and users[span.prefix_pages[0]] > 1:
+            shared.setdefault(span.prefix_pages[0], (span, []))[1].extend(queries)
+            add(span, queries, span.prefix_len, num_keys)
+        else:
+            add(span, queries, 0, num_keys)
+    for span, all_queries in shared.values():
+        add(span, all_queries, 0, span.prefix_len)
     return AttentionParts(
         np.array(parts, dtype=np.int32),
         np.array(pages, dtype=np.int32),

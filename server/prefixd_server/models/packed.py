@@ -84,6 +84,13 @@ class _Frozen(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        # Called some hundred times a step; torch's own __call__ is for hooks, which none has.
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
 
 class _PackedLinear(_Frozen):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

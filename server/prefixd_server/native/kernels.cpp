@@ -30,11 +30,12 @@ constexpr float NEVER = -std::numeric_limits<float>::infinity();
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 
+// Keys by their index in the joint sequence: the prefix's pages, then the sequence's own.
 struct Part {
-    int32_t first_row, end_row;  // its queries, in `rows`
-    int32_t first_page;          // its page list, in `pages`
-    int32_t first_key, end_key;  // tokens of that list
-    int32_t key_offset;          // index of the list's first token in the joint sequence
+    int32_t first_row, end_row;       // its queries, in `rows`
+    int32_t prefix_page, prefix_len;  // where its prefix's page list begins, in `pages`
+    int32_t own_page;
+    int32_t first_key, end_key;
 };
 
 struct Step {
@@ -85,11 +86,11 @@ struct Range {
     int32_t first, end;
 };
 
-// Which keys of the part's list a query sees.
+// Which of the part's keys a query sees.
 INLINE Range seen_by(int32_t query_index, const Part& part, int32_t window) {
-    int32_t end = std::min(part.end_key, query_index + 1 - part.key_offset);
+    int32_t end = std::min(part.end_key, query_index + 1);
     int32_t first = part.first_key;
-    if (window > 0) first = std::max(first, query_index + 1 - window - part.key_offset);
+    if (window > 0) first = std::max(first, query_index + 1 - window);
     if (first >= end) return {part.end_key, part.first_key};  // none, and no bound for other rows
     return {first, end};
 }
@@ -98,11 +99,16 @@ INLINE Range seen_by(int32_t query_index, const Part& part, int32_t window) {
 INLINE void locate(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
                    int32_t first, int32_t count, int32_t room, int64_t* at) {
     const int64_t slot_size = int64_t(layer.kv_heads) * layer.dim;
-    const int32_t* page = step.pages + part.first_page + first / step.page_size;
-    int32_t offset = first % step.page_size;
+    const bool in_prefix = first < part.prefix_len;
+    int32_t before_own = in_prefix ? part.prefix_len - first : 0;
+    const int32_t from = in_prefix ? first : first - part.prefix_len;
+    const int32_t* page =
+        step.pages + (in_prefix ? part.prefix_page : part.own_page) + from / step.page_size;
+    int32_t offset = from % step.page_size;
     for (int32_t j = 0; j < count; j++) {
         at[j] = (int64_t(*page) * step.page_size + offset) * slot_size + kv_head * layer.dim;
         if (++offset == step.page_size) offset = 0, page++;
+        if (--before_own == 0) offset = 0, page = step.pages + part.own_page;
     }
     for (int32_t j = count; j < room; j++) at[j] = at[count - 1];
 }

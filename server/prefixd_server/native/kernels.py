@@ -35,10 +35,10 @@ class AttentionParts:
         query_index: IntArray,
         page_size: int,
     ) -> None:
-        """``parts`` [N, 6]: first and end row (in ``rows``), first page (in ``pages``), first and
-        end key of that page list, and the index of the list's first token in the joint sequence.
-        ``rows``: the packed token of each row. ``query_index`` [T]: each token's index in the joint
-        sequence; it sees the keys up to there."""
+        """``parts`` [N, 7]: first and end row (in ``rows``); where the prefix's page list begins
+        (in ``pages``) and its tokens; where the own page list begins; first and end key by their
+        index in the joint sequence. ``rows``: the packed token of each row. ``query_index`` [T]:
+        each token's index in the joint sequence; it sees the keys up to there."""
         tokens = len(query_index)
         token_rows = np.argsort(rows, kind="stable").astype(np.int32)
         token_first = np.zeros(tokens + 1, dtype=np.int32)
