@@ -23,8 +23,9 @@
 namespace {
 
 constexpr int LANES = 16;  // rows (query and head) that one vector holds
-constexpr int KEYS = 64;   // keys of a block
+constexpr int KEYS = 64;  // keys of a block
 constexpr int FEW_ROWS = 8;  // up to here, a vector holds a row's dimensions instead of rows
+constexpr int FEW_ROWS_KEYS = 256;  // of a block then: only scores are kept, not vectors of them
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -184,16 +185,16 @@ INLINE void few_rows(const Step& step, const Layer& layer, const Part& part, int
             result[0] = NEVER;
             std::fill(result + 1, result + 2 + dim, 0.f);
         }
-        for (int32_t block = seen.first; block < seen.end; block += KEYS) {
-            const int32_t count = std::min(KEYS, seen.end - block);
-            int64_t at[KEYS];
+        for (int32_t block = seen.first; block < seen.end; block += FEW_ROWS_KEYS) {
+            const int32_t count = std::min(FEW_ROWS_KEYS, seen.end - block);
+            int64_t at[FEW_ROWS_KEYS];
             locate(step, layer, part, kv_head, block, count, (count + 3) / 4 * 4, at);
             for (int32_t g = 0; g < group; g++) {
                 const int32_t head = kv_head * group + g;
                 const float* query =
                     layer.query + token * layer.query_token + head * layer.query_head;
                 float* result = result_of(results, layer, row, head);
-                float scores[KEYS];
+                float scores[FEW_ROWS_KEYS];
                 dot_products<DIM>(query, layer.keys, at, count, dim, scores);
                 float highest = result[0];
                 for (int32_t j = 0; j < count; j++) {
