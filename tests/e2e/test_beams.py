@@ -122,7 +122,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return World(model, reference, prefixes, searches, plain)
 
 
-def start(world: World, tmp_path: Path, **options: int) -> EngineRun:
+def start(world: World, tmp_path: Path, **options: Any) -> EngineRun:
     run = EngineRun(world.model, tmp_path / "store", **options)
     for task, checkpoint in world.prefixes.items():
         run.publish(task, checkpoint, tmp_path)
