@@ -1,8 +1,13 @@
 #!/bin/sh
-# The store tests start their own redis-server on a free loopback port; install it where it is missing.
-command -v redis-server >/dev/null 2>&1 && exit 0
+# The store tests start their own redis-server on a free loopback port, and the CPU kernels are
+# compiled with g++; install what is missing.
+missing=""
+command -v redis-server >/dev/null 2>&1 || missing="redis-server"
+command -v g++ >/dev/null 2>&1 || missing="$missing g++"
+[ -z "$missing" ] && exit 0
 if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
-  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server >/dev/null
+  # shellcheck disable=SC2086
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing >/dev/null
 else
-  echo "redis-server is not installed: the Redis tests will be skipped" >&2
+  echo "not installed: $missing; the tests that need it will be skipped" >&2
 fi

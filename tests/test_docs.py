@@ -89,7 +89,8 @@ def test_flags_that_stand_alone_exist(page: Path) -> None:
 def test_variables_are_settings(page: Path) -> None:
     settings = {parameter.envvar for command in commands().values() for parameter in command.params}
     named = set(re.findall(r"\bPREFIXD_[A-Z_]*[A-Z]\b", page.read_text()))
-    assert named <= settings
+    # Read when the kernels are compiled, for which there may be no server yet.
+    assert named - {"PREFIXD_NATIVE_DIR"} <= settings
 
 
 @pages

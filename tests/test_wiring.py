@@ -10,6 +10,7 @@ import torch
 
 import prefixd_server.wiring as wiring
 from prefixd_server.errors import UnsupportedModel
+from prefixd_server.native import kernels
 
 
 @pytest.fixture
@@ -25,6 +26,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(wiring, "create_backend", create)
+    monkeypatch.setattr(kernels, "load", object)
     return names
 
 
@@ -49,9 +51,17 @@ def test_a_kernel_that_was_asked_for_is_had_or_nothing(made: list[str], name: st
     assert "sdpa" not in made
 
 
-def test_the_reference_is_had_where_it_is_asked_for_or_the_pool_is_not_float32(
+def test_the_reference_is_had_where_asked_for_or_where_the_pool_is_not_float32(
     made: list[str],
 ) -> None:
     wiring._make_backend("sdpa", pool_on("cuda"))
     wiring._make_backend("auto", pool_on("cpu", torch.bfloat16))
     assert made == ["sdpa", "sdpa"]
+
+
+def test_kernels_that_could_not_be_compiled_are_not_asked_for(
+    made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    wiring._make_backend("auto", pool_on("cpu"))
+    assert made == ["sdpa"]

@@ -32,6 +32,7 @@ from prefixd_server.http.spool import Spool
 from prefixd_server.kv.allocator import PageAllocator
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.models.loader import LoadedModel, load_model
+from prefixd_server.native import kernels
 from prefixd_server.prefix.references import References
 from prefixd_server.prefix.registry import Registry
 from prefixd_server.prefix.residency import Residency
@@ -243,7 +244,8 @@ def _make_backend(name: str, pool: KVPool) -> AttentionBackend:
         except Exception as error:
             raise UnsupportedModel(f"--attention {name}: {error}") from error
     fastest = {"cpu": "native", "cuda": "triton"}.get(pool.device.type, "sdpa")
-    if fastest == "native" and pool.dtype != torch.float32:
+    # Without kernels there is a warning already.
+    if fastest == "native" and (pool.dtype != torch.float32 or kernels.load() is None):
         return create_backend("sdpa", pool)
     try:
         return _checked(fastest, pool)

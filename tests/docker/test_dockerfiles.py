@@ -76,8 +76,9 @@ def test_what_is_copied_exists_and_is_in_the_build_context(path: Path) -> None:
     for source in sources:
         assert (ROOT / source).exists(), source
         assert in_build_context(source, ignore), source
-        for file in (ROOT / source).rglob("*.py"):
-            assert in_build_context(str(file.relative_to(ROOT)), ignore), file
+        for suffix in ("py", "cpp"):
+            for file in (ROOT / source).rglob(f"*.{suffix}"):
+                assert in_build_context(str(file.relative_to(ROOT)), ignore), file
 
 
 @each_dockerfile
@@ -87,6 +88,18 @@ def test_every_package_of_the_wheel_is_copied(path: Path) -> None:
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert {Path(package).parts[0] for package in packages} <= copied
     assert {project["project"]["readme"], *project["project"]["license-files"]} <= copied
+
+
+def test_the_cpu_image_brings_its_kernels_compiled() -> None:
+    """In the folder where the server looks for them; the runtime stage has no compiler."""
+    path = DOCKER / "Dockerfile.cpu"
+    build, runtime = parse_dockerfile(path)
+    folder = environment(path)["PREFIXD_NATIVE_DIR"]
+    *before, last = build.all("RUN")
+    assert last == f"PREFIXD_NATIVE_DIR={folder} python -m prefixd_server.native.build"
+    assert any("install" in run and " g++ " in run for run in before)
+    assert f"--from=build {folder} {folder}" in runtime.all("COPY")
+    assert "g++" not in " ".join(runtime.all("RUN"))
 
 
 def test_neither_secrets_nor_caches_reach_the_build_context() -> None:

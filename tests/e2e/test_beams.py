@@ -122,7 +122,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return World(model, reference, prefixes, searches, plain)
 
 
-def start(world: World, tmp_path: Path, **options: int) -> EngineRun:
+def start(world: World, tmp_path: Path, **options: Any) -> EngineRun:
     run = EngineRun(world.model, tmp_path / "store", **options)
     for task, checkpoint in world.prefixes.items():
         run.publish(task, checkpoint, tmp_path)
@@ -184,10 +184,11 @@ def test_some_searches_end_early_and_some_do_not(world: World) -> None:
         pytest.param({}, id="mixed"),
         pytest.param({"max_num_batched_tokens": 24, "page_size": 4}, id="chunked"),
         pytest.param({"max_num_seqs": 9, "page_size": 1}, id="few-seats"),
+        pytest.param({"attention": "sdpa"}, id="sdpa"),
     ],
 )
 def test_searches_mixed_with_greedy_and_sampled_requests(
-    world: World, tmp_path: Path, options: dict[str, int]
+    world: World, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     with start(world, tmp_path, **options) as run:
         for i, search in enumerate(world.searches):

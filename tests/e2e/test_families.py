@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from prefixd_server.config import ModelConfig
 from prefixd_server.errors import UnsupportedModel
 from prefixd_server.models.loader import load_model
+from prefixd_server.native import kernels
 from tests.e2e.families_table import DOCUMENT, models_page
 from tests.support.engine import EngineRun, request
 from tests.support.families import FAMILIES, ORIGINAL_POSITIONS, REFUSED, VOCAB, WINDOW, WINDOWED
@@ -32,6 +33,8 @@ PROMPT_LENGTHS = (1, 5, 18, 70)
 """several windows of 16 are passed within a prompt, and by a prefix alone"""
 MAX_NEW_TOKENS = 6
 TOLERANCE = 1e-4
+FASTEST = "SDPABackend" if kernels.load() is None else "NativeBackend"
+"""on the CPU of this machine"""
 
 
 def prompts(seed: int, *lengths: int) -> list[list[int]]:
@@ -41,35 +44,43 @@ def prompts(seed: int, *lengths: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("title", FAMILIES)
 def test_tokens_and_logprobs_are_pefts(title: str, tmp_path: Path) -> None:
+    """With the kernels and packed weights, and with torch's attention and the model's layers."""
     folder = FAMILIES[title].save(tmp_path / "model")
     base = load_base(folder)
     prefixes = {
         task: save_peft_prefix(base, tmp_path / task, num_virtual_tokens=length, seed=seed)
         for seed, (task, length) in enumerate(TASKS.items())
     }
-    model = load_model(ModelConfig(model=str(folder)))
     reference = Reference(folder)
     cases = {
         f"{task}-{len(prompt)}": (task, prompt)
         for seed, task in enumerate([*TASKS, None])
         for prompt in prompts(seed, *PROMPT_LENGTHS)
     }
-    # Longer than a step: prefills are cut up and share steps with decodes.
-    with EngineRun(model, tmp_path / "store", max_num_batched_tokens=96) as run:
-        for task, checkpoint in prefixes.items():
-            run.publish(task, checkpoint, tmp_path)
-        run.submit(
-            request(name, task, prompt, max_new_tokens=MAX_NEW_TOKENS)
-            for name, (task, prompt) in cases.items()
-        )
-        run.run()
+    runs = []
+    for attention, pack_weights in (("auto", True), ("sdpa", False)):
+        model = load_model(ModelConfig(model=str(folder), pack_weights=pack_weights))
+        # Longer than a step: prefills are cut up and share steps with decodes.
+        with EngineRun(
+            model, tmp_path / f"store-{attention}", max_num_batched_tokens=96, attention=attention
+        ) as run:
+            for task, checkpoint in prefixes.items():
+                run.publish(task, checkpoint, tmp_path)
+            run.submit(
+                request(name, task, prompt, max_new_tokens=MAX_NEW_TOKENS)
+                for name, (task, prompt) in cases.items()
+            )
+            run.run()
+        runs.append(run)
+    assert type(runs[0].engine.runner.backend).__name__ == FASTEST
     for name, (task, prompt) in cases.items():
         prefix = prefixes[task] if task else None
         tokens, logprobs = reference.generate(prefix, prompt, MAX_NEW_TOKENS)
-        result = run.results[name]
-        assert result.ids == tokens, name
-        got = [token.logprob for token in result.tokens]
-        assert got == pytest.approx(logprobs, abs=TOLERANCE), name
+        for run in runs:
+            result = run.results[name]
+            assert result.ids == tokens, name
+            got = [token.logprob for token in result.tokens]
+            assert got == pytest.approx(logprobs, abs=TOLERANCE), name
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return World(load_model(ModelConfig(model=str(folder))), prefixes, cases)
 
 
-def start(world: World, tmp_path: Path, **options: int) -> EngineRun:
+def start(world: World, tmp_path: Path, **options: Any) -> EngineRun:
     run = EngineRun(world.model, tmp_path / "store", **options)
     for task, checkpoint in world.prefixes.items():
         run.publish(task, checkpoint, tmp_path)
@@ -113,10 +114,11 @@ def check(run: EngineRun, case: Case, suffix: str = "") -> None:
     [
         pytest.param({}, id="mixed"),
         pytest.param({"max_num_batched_tokens": 24, "page_size": 4}, id="chunked"),
+        pytest.param({"attention": "sdpa"}, id="sdpa"),
     ],
 )
 def test_mixed_requests_get_pefts_tokens(
-    world: World, tmp_path: Path, options: dict[str, int]
+    world: World, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     """64 requests of 16 tasks and the base model, arriving while others run."""
     rng = random.Random(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,8 +24,11 @@ from tests.support.models import load_base, tiny_model_folder
 Prefix = tuple[torch.Tensor, torch.Tensor]
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_offsets_0_and_p_share_a_batch(family: str, tmp_path: Path) -> None:
+def test_offsets_0_and_p_share_a_batch(
+    family: str, attention: Literal["auto", "sdpa"], tmp_path: Path
+) -> None:
     folder = tiny_model_folder(family, tmp_path / "model")
     base = load_base(folder)
     rng = random.Random(family)
@@ -34,7 +37,8 @@ def test_offsets_0_and_p_share_a_batch(family: str, tmp_path: Path) -> None:
         for length in (1, 20, 130)
         for offset in (0, length)
     }
-    with EngineRun(load_model(ModelConfig(model=str(folder))), tmp_path / "store") as run:
+    model = load_model(ModelConfig(model=str(folder)))
+    with EngineRun(model, tmp_path / "store", attention=attention) as run:
         expected = {}
         for task, (prefix, offset) in tasks.items():
             _publish(run, task, prefix, offset, tmp_path)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -115,8 +116,11 @@ def submit(run: EngineRun, cases: Sequence[Case]) -> None:
     )
 
 
-def test_a_mixed_batch_equals_each_alone(world: World, tmp_path: Path) -> None:
-    with EngineRun(world.model, tmp_path / "store") as run:
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_a_mixed_batch_equals_each_alone(
+    world: World, tmp_path: Path, attention: Literal["auto", "sdpa"]
+) -> None:
+    with EngineRun(world.model, tmp_path / "store", attention=attention) as run:
         publish_all(run, world, tmp_path)
         submit(run, world.cases)
         run.run()

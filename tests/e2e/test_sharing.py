@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -27,16 +28,25 @@ def model(folder: Path) -> LoadedModel:
     return load_model(ModelConfig(model=str(folder)))
 
 
-@pytest.mark.parametrize("num_virtual_tokens", [1, 7, 33, 2047, 2048])
+@pytest.mark.parametrize(
+    ("num_virtual_tokens", "attention"),
+    [(1, "auto"), (7, "auto"), (33, "auto"), (33, "sdpa"), (2047, "auto"), (2048, "auto")],
+)
 def test_many_requests_share_one_copy(
-    folder: Path, model: LoadedModel, tmp_path: Path, num_virtual_tokens: int
+    folder: Path,
+    model: LoadedModel,
+    tmp_path: Path,
+    num_virtual_tokens: int,
+    attention: Literal["auto", "sdpa"],
 ) -> None:
     prefix = save_peft_prefix(
         load_base(folder), tmp_path / "p", num_virtual_tokens=num_virtual_tokens, seed=1
     )
     rng = random.Random(0)
     prompts = [[rng.randrange(10, 40_000) for _ in range(1 + i % 40)] for i in range(NUM_REQUESTS)]
-    with EngineRun(model, tmp_path / "store", max_num_batched_tokens=4096) as run:
+    with EngineRun(
+        model, tmp_path / "store", max_num_batched_tokens=4096, attention=attention
+    ) as run:
         run.publish("cartridge", prefix, tmp_path)
         run.submit(
             request(f"r{i}", "cartridge", prompt, max_new_tokens=8)

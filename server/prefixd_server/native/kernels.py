@@ -65,7 +65,7 @@ def load() -> Kernels | None:
     """The kernels, compiled if need be; None, with a warning, where that cannot be done."""
     try:
         return Kernels(ctypes.CDLL(str(library(default_folder()))))
-    except (CannotBuild, OSError) as error:
+    except (CannotBuild, OSError, AttributeError) as error:
         log.warning("no CPU kernels, serving with torch's own operators: %s", error)
         return None
 
