@@ -103,7 +103,8 @@ def quality(options: Options) -> list[Case]:
         model = reference if dtype == "float32" else load(options, dtype)
         on_docs, best = scores(model, docs)
         on_own = scores(model, own)[0][:, PROMPT_TOKENS - 1 :]
-        same = (generate(model, prompts, sample=False) == greedy)[:, PROMPT_TOKENS:]
+        mine = greedy if model is reference else generate(model, prompts, sample=False)
+        same = (mine == greedy)[:, PROMPT_TOKENS:]
         difference = (on_docs - expected).abs()
         figures = {
             "perplexity_docs": on_docs.mean().neg().exp(),

