@@ -24,8 +24,9 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     model: str = Field("demo", description="folder, hub id, or `demo` (SmolLM2-135M-Instruct)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if present")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on the CPU, bfloat16 on CUDA"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto",
+        description="auto: float32 on the CPU, bfloat16 on CUDA; int8: linear layers, CPU only",
     )
     max_model_len: int | None = Field(
         None, ge=8, description="longest prefix + prompt + output; default: the model's own"

@@ -172,7 +172,7 @@ class Server:
                 geometry=model.geometry,
                 vocab_size=model.vocab_size,
                 max_model_len=model.max_model_len,
-                dtype=str(model.dtype).removeprefix("torch."),
+                dtype=model.weights,
                 device=str(model.device),
             ),
             residency=self.residency.state,

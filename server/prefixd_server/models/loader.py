@@ -28,6 +28,7 @@ from prefixd_server.kv.pool import TORCH_DTYPES
 from prefixd_server.models.demo import DEMO_NAME, demo_model_folder
 from prefixd_server.models.packed import can_pack, pack
 from prefixd_server.models.probe import observe_geometry, run_packed_step
+from prefixd_server.models.quantized import can_quantize, quantize
 from prefixd_server.models.seq2seq import DecoderRules, Seq2SeqModel
 from prefixd_server.models.seq2seq_probe import observe_seq2seq_geometry
 from prefixd_store.errors import InvalidRequest
@@ -58,6 +59,9 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     device: torch.device
     dtype: torch.dtype
+    """of everything that is computed, and of the KV cache"""
+    weights: str
+    """what the linear layers' weights are kept as: the name of ``dtype``, or int8"""
     seq2seq: Seq2SeqModel | None = None
     """an encoder-decoder's ``module``, with what it takes to call it; None: decoder-only"""
     decoder_rules: DecoderRules | None = None
@@ -75,8 +79,13 @@ def load_model(config: ModelConfig) -> LoadedModel:
     dtype: Any = config.dtype
     if dtype == "auto":
         dtype = _default_dtype(device)
+    if dtype == "int8" and not can_quantize(device):
+        raise UnsupportedModel(
+            f"--dtype int8 is for x86 CPUs (oneDNN); the model would be on {device}"
+        )
     model_config = _read_config(source)
-    module = _load_module(source, model_config, TORCH_DTYPES[dtype])
+    computed = "float32" if dtype == "int8" else dtype
+    module = _load_module(source, model_config, TORCH_DTYPES[computed])
     module = module.to(device).eval().requires_grad_(False)
     with _reading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -95,8 +104,11 @@ def load_model(config: ModelConfig) -> LoadedModel:
     else:
         geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
-    if config.pack_weights and can_pack(device, loaded_dtype):
-        pack(module, None if encoder_decoder else partial(run_packed_step, module))
+    run = None if encoder_decoder else partial(run_packed_step, module)
+    if dtype == "int8":
+        quantize(module, run)
+    elif config.pack_weights and can_pack(device, loaded_dtype):
+        pack(module, run)
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,
@@ -109,6 +121,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         eos_token_ids=_eos_token_ids(module, tokenizer),
         device=device,
         dtype=loaded_dtype,
+        weights=dtype,
         seq2seq=encoder_decoder,
         decoder_rules=DecoderRules.of(module) if encoder_decoder is not None else None,
     )

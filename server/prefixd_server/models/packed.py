@@ -19,7 +19,7 @@ from prefixd_server.models import rotary
 from prefixd_server.native import kernels
 from prefixd_server.native.kernels import Kernels
 
-__all__ = ["can_pack", "pack"]
+__all__ = ["FrozenLayer", "MakeLinear", "can_pack", "pack", "pack_linear"]
 
 log = logging.getLogger(__name__)
 
@@ -31,32 +31,48 @@ _LEAST_SIZE = 16
 """smaller matrices gain nothing, and oneDNN has no layout for some"""
 
 
+MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
+"""of a weight [out, in] and a bias [out]"""
+
+
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return (
         device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 
 
-def pack(module: nn.Module, run: Callable[[], object] | None = None) -> None:
+def pack(
+    module: nn.Module,
+    run: Callable[[], object] | None = None,
+    linear: MakeLinear | None = None,
+) -> None:
     """Replace the linear layers, RMS norms and rotary embeddings below ``module`` in place.
 
     ``run`` runs the module once; what it shows to read one input is joined. The replaced layers
-    hold no ``weight`` to train or to save.
+    hold no ``weight`` to train or to save. ``linear`` makes the layers that take their places.
     """
+    linear = linear or _PackedLinear
     joined = _joined(module, run) if run is not None else []
     for parent, names in joined:
         layers = [getattr(parent, name) for name in names]
-        source = _JoinedLinear(layers)
+        source = _JoinedLinear(layers, linear)
         for index, name in enumerate(names):
             setattr(parent, name, _Part(source, index, layers[index]))
     loaded = kernels.load()
-    for parent, name, child in list(_children(module)):
+    # Only names: a list of the layers would keep all their weights to the end.
+    for parent, name in [(parent, name) for parent, name, _ in _children(module)]:
+        child = getattr(parent, name)
         if _is_linear(child):
-            setattr(parent, name, _PackedLinear(*_weight_and_bias(child)))
+            setattr(parent, name, linear(*_weight_and_bias(child)))
         elif loaded is not None and (norm := _RMSNorm.like(child, loaded)) is not None:
             setattr(parent, name, norm)
     if loaded is not None:
         rotary.use_kernel(module, loaded)
+
+
+def pack_linear(module: nn.Module) -> nn.Module:
+    """The packed layer in place of a linear one; any other module is returned as it is."""
+    return _PackedLinear(*_weight_and_bias(module)) if _is_linear(module) else module
 
 
 def _children(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -77,7 +93,7 @@ def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | None]:
     return (weight.t() if isinstance(linear, Conv1D) else weight), bias
 
 
-class _Frozen(nn.Module):
+class FrozenLayer(nn.Module):
     """A layer whose weight is out of sight; some families look at its dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -92,7 +108,7 @@ class _Frozen(nn.Module):
         raise NotImplementedError
 
 
-class _PackedLinear(_Frozen):
+class _PackedLinear(FrozenLayer):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.dtype)
         self.out_features, self.in_features = weight.shape
@@ -109,28 +125,28 @@ class _PackedLinear(_Frozen):
 class _JoinedLinear:
     """Linear layers of one input as one product. The first one called computes for all."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], linear: MakeLinear) -> None:
         weights, biases = zip(*map(_weight_and_bias, layers), strict=True)
         self._sizes = [len(weight) for weight in weights]
         bias = None
         if any(b is not None for b in biases):
             pairs = zip(weights, biases, strict=True)
             bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
-        self._linear = _PackedLinear(torch.cat(weights), bias)
+        self._linear = linear(torch.cat(weights), bias)
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
     def part(self, x: Tensor, index: int) -> Tensor:
         if x is not self._input:
             self._input = x
-            self._outputs = self._linear(x).split(self._sizes, -1)
+            self._outputs = torch.split_with_sizes(self._linear(x), self._sizes, -1)
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             self._input, self._outputs = None, ()
         return output
 
 
-class _Part(_Frozen):
+class _Part(FrozenLayer):
     def __init__(self, source: _JoinedLinear, index: int, like: nn.Module) -> None:
         weight, _ = _weight_and_bias(like)
         super().__init__(weight.dtype)
@@ -190,7 +206,7 @@ def _noting(
     return note
 
 
-class _RMSNorm(_Frozen):
+class _RMSNorm(FrozenLayer):
     def __init__(self, kernels: Kernels, weight: Tensor, plus: float, epsilon: float) -> None:
         super().__init__(weight.dtype)
         self._kernels = kernels
