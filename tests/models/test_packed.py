@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.activations import NewGELUActivation, PytorchGELUTanh
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -326,3 +327,34 @@ def test_nan_comes_out_where_it_went_in() -> None:
     assert bool(found[[7, 11]].isnan().all())
     rest = [row for row in range(40) if row not in (7, 11)]
     assert torch.equal(found[rest], clean[rest])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.SiLU(), nn.GELU(approximate="tanh"), NewGELUActivation(), PytorchGELUTanh()],
+    ids=lambda module: type(module).__name__,
+)
+@torch.inference_mode()
+def test_activations(module: nn.Module) -> None:
+    parent = nn.ModuleDict({"act": module})
+    pack(parent)
+    assert type(parent["act"]) is not type(module)
+    wide = 20 * torch.randn(1, 7, 150)
+    for x in (
+        wide,
+        wide[..., 30:97],
+        wide[0],
+        wide[0, 0],
+        wide.transpose(1, 2),
+        wide.view(7, 2, 75),
+    ):
+        torch.testing.assert_close(parent["act"](x), module(x), rtol=1e-5, atol=1e-6)
+    x = torch.tensor([float("nan"), 0.0, 200.0, -200.0, 1e4])
+    torch.testing.assert_close(parent["act"](x), module(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("module", [nn.GELU(), nn.ReLU(), nn.LeakyReLU(), nn.PReLU()])
+def test_other_activations_stay(module: nn.Module) -> None:
+    parent = nn.ModuleDict({"act": module})
+    pack(parent)
+    assert parent["act"] is module

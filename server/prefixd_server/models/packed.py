@@ -8,6 +8,7 @@ of ours where that gives what the module gives; nothing is assumed from a family
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,7 +47,7 @@ def pack(
     run: Callable[[], object] | None = None,
     linear: MakeLinear | None = None,
 ) -> None:
-    """Replace the linear layers, RMS norms and rotary embeddings below ``module`` in place.
+    """Replace linear layers, norms, activations and rotary embeddings below ``module`` in place.
 
     ``run`` runs the module once; what it shows to read one input is joined. The replaced layers
     hold no ``weight`` to train or to save. ``linear`` makes the layers that take their places.
@@ -66,6 +67,8 @@ def pack(
             setattr(parent, name, linear(*_weight_and_bias(child)))
         elif loaded is not None and (norm := _RMSNorm.like(child, loaded)) is not None:
             setattr(parent, name, norm)
+        elif loaded is not None and (activation := _Activation.like(child, loaded)) is not None:
+            setattr(parent, name, activation)
     if loaded is not None:
         rotary.use_kernel(module, loaded)
 
@@ -237,3 +240,47 @@ class _RMSNorm(FrozenLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._kernels.rms_norm(x.contiguous(), self._scale, self._plus, self._epsilon)
+
+
+class _Activation(nn.Module):
+    """SiLU, or GELU by its tanh formula, which families write in up to eight operators."""
+
+    _SHAPES = ((1.0, 0.0), (math.sqrt(8 / math.pi), 0.044715))
+    """slope and cubic term of ``x * sigmoid(slope * (x + cubic * x**3))``"""
+
+    def __init__(self, kernels: Kernels, original: nn.Module, slope: float, cubic: float) -> None:
+        super().__init__()
+        self._activate = kernels.activate
+        self._original = original
+        self._slope = slope
+        self._cubic = cubic
+
+    @classmethod
+    def like(cls, module: nn.Module, kernels: Kernels) -> _Activation | None:
+        """The kernel's function, if it computes what a module without state computes."""
+        if "LU" not in type(module).__name__ or any(True for _ in module.parameters()):
+            return None
+        x = torch.linspace(-12, 12, 4 * 50).view(4, 50)
+        try:
+            expected = module(x)
+        except Exception:
+            return None
+        for slope, cubic in cls._SHAPES:
+            activation = cls(kernels, module, slope, cubic)
+            if torch.allclose(activation(x), expected, rtol=1e-5, atol=1e-6):
+                return activation
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.stride(-1) == 1 and (x.is_contiguous() or _is_one_list_of_rows(x)):
+            return self._activate(x, self._slope, self._cubic)
+        result: Tensor = self._original(x)
+        return result
+
+
+def _is_one_list_of_rows(x: Tensor) -> bool:
+    """Whether all but the last two dimensions are 1."""
+    return x.dim() >= 2 and x.numel() == x.shape[-1] * x.shape[-2]

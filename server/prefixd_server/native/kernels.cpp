@@ -397,6 +397,25 @@ void rotate(const float* from, const float* cosine, const float* sine, int64_t d
     }
 }
 
+INLINE Vec gated(Vec x, float slope, float cubic) {
+    const Vec z = slope * (x + cubic * x * x * x);
+    const Vec small = exp_negative(z < 0 ? z : -z);  // of -|z|
+    const Vec share = 1.f / (1.f + small);
+    return x * (z < 0 ? small * share : share);
+}
+
+FOR_EACH_CPU
+void activate(const float* from, float slope, float cubic, int64_t size, float* to) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES)
+        *(Vec*)(to + i) = gated(*(const Vec*)(from + i), slope, cubic);
+    if (i == size) return;
+    Vec rest{};
+    std::memcpy(&rest, from + i, (size - i) * sizeof(float));
+    rest = gated(rest, slope, cubic);
+    std::memcpy(to + i, &rest, (size - i) * sizeof(float));
+}
+
 FOR_EACH_CPU
 void normalise(const float* from, const float* weight, float plus, float epsilon, int64_t size,
                float* to) {
@@ -451,6 +470,15 @@ void prefixd_attend(const float* query, int64_t query_token, int64_t query_head,
                 merge(token_rows + token_first[t], token_first[t + 1] - token_first[t], layer, h,
                       results, output + (t * heads + h) * dim);
     }
+}
+
+// x * sigmoid(slope * (x + cubic * x^3)) of [rows, size], whose rows are `stride` apart: SiLU with
+// slope 1 and cubic 0, GELU by tanh with sqrt(8 / pi) and 0.044715. `to` is contiguous.
+void prefixd_activate(const float* from, int64_t stride, float slope, float cubic, int64_t rows,
+                      int64_t size, float* to) {
+#pragma omp parallel for schedule(static) if (rows * size > 16384)
+    for (int64_t r = 0; r < rows; r++)
+        activate(from + r * stride, slope, cubic, size, to + r * size);
 }
 
 // Rotate [T, H, D] with strides by cosine and sine [T, D]; `to` is contiguous.

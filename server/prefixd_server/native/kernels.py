@@ -100,6 +100,10 @@ class Kernels:
             library.prefixd_rotate,
             [tensor, c_int64, c_int64, tensor, tensor, c_int64, c_int64, c_int64, tensor],
         )
+        self._activate = _function(
+            library.prefixd_activate,
+            [tensor, c_int64, c_float, c_float, c_int64, c_int64, tensor],
+        )
         self._peaks = _function(library.prefixd_peaks, [tensor, c_int64, c_int64, tensor, tensor])
 
     def store(self, key: Tensor, value: Tensor, slots: int, keys: Tensor, values: Tensor) -> None:
@@ -144,6 +148,15 @@ class Kernels:
             tokens, heads, dim, output.data_ptr(),
         )  # fmt: skip
         return output.transpose(1, 2)
+
+    def activate(self, x: Tensor, slope: float, cubic: float) -> Tensor:
+        """x * sigmoid(slope * (x + cubic * x**3)) of x [..., C], whose rows are evenly apart."""
+        size = x.shape[-1]
+        rows = x.numel() // size
+        stride = x.stride(-2) if x.dim() > 1 else size
+        output = torch.empty(x.shape)
+        self._activate(x.data_ptr(), stride, slope, cubic, rows, size, output.data_ptr())
+        return output
 
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of logits [B, V], contiguous: the first largest's index [B], int64, and the log of the
