@@ -100,18 +100,42 @@ async def _ask(url: str, ask: Ask, due: float) -> Reply:
         "Content-Type: application/json\r\nConnection: close\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    loop = asyncio.get_running_loop()
+    transport, answer = await loop.create_connection(_Answer, address.hostname, address.port)
     try:
-        writer.write(head.encode() + body)
-        status = await reader.readline()
-        tokens_at = [
-            time.perf_counter() async for line in reader if line.startswith(b'data: {"index"')
-        ]
+        transport.write(head.encode() + body)
+        await answer.ended
     finally:
-        writer.close()
-    if b" 200 " not in status or len(tokens_at) != ask.new_tokens:
-        raise RuntimeError(f"{ask.task}: {status.decode().strip()}, {len(tokens_at)} tokens")
-    return Reply(due, tokens_at)
+        transport.close()
+    if b" 200 " not in answer.status or len(answer.tokens_at) != ask.new_tokens:
+        status = answer.status.decode().strip()
+        raise RuntimeError(f"{ask.task}: {status}, {len(answer.tokens_at)} tokens")
+    return Reply(due, answer.tokens_at)
+
+
+class _Answer(asyncio.Protocol):
+    """Counts the events of an answer as they arrive, and parses nothing else of it."""
+
+    def __init__(self) -> None:
+        self.status = b""
+        self.tokens_at: list[float] = []
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line = b""
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        *lines, self._line = (self._line + data).split(b"\n")
+        if lines and not self.status:
+            self.status = lines[0]
+        self.tokens_at += [now for line in lines if line.startswith(b'data: {"index"')]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
 
 
 def latencies(replies: Iterable[Reply]) -> dict[str, Any]:

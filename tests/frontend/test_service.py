@@ -286,6 +286,20 @@ async def test_a_slow_reader_gets_everything_in_order(
     assert texts == [" one", " two", " three", " four"]
 
 
+async def test_what_is_ready_is_taken_in_order_without_waiting(
+    frontend: Frontend, engine: HandEngine, codec: TextCodec
+) -> None:
+    stream = await frontend.open(call())
+    request = await engine.request()
+    assert stream.ready(9) == []
+    outputs = answer(codec, request, " one two three four", FinishReason.LENGTH)
+    await engine.deliver(*outputs[:3])
+    assert [chunk.token.text for chunk in stream.ready(2)] == [" one", " two"]
+    await engine.deliver(*outputs[3:])
+    assert [chunk.index for chunk in stream.ready(9)] == [3, 4]
+    assert [chunk async for chunk in stream] == []
+
+
 # --- errors and ends -----------------------------------------------------------------------------
 
 

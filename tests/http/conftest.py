@@ -32,6 +32,7 @@ def server(served: tuple[Stack, str]) -> Iterator[Stack]:
     yield parts
     parts.engine.release()
     parts.engine.fail_with = None
+    parts.engine.burst = 1
     assert parts.spooled == []
 
 

@@ -52,6 +52,7 @@ class EchoEngine:
     """Answers with the prompt's own tokens, around and around, one a step.
 
     ``hold()`` lets it emit so many tokens of each sequence and no more until ``release()``.
+    ``burst`` is how many steps' outputs it delivers at once, as to a loop that has fallen behind.
     ``fail_with`` ends the next sequences with an error, after ``fail_after`` tokens.
     """
 
@@ -63,6 +64,7 @@ class EchoEngine:
         self.requests: list[EngineRequest] = []
         self.fail_with: PrefixdError | None = None
         self.fail_after = 0
+        self.burst = 1
         self._emitted: dict[str, int] = {}
         self._allowed: int | None = None
         self._stop = threading.Event()
@@ -90,8 +92,9 @@ class EchoEngine:
                 elif self.running.pop(command.request_id, None):
                     self.aborted.append(command.request_id)
             self.mailbox.num_waiting = 0
-            for request in list(self.running.values()):
-                outputs += self._step(request)
+            for _ in range(self.burst):
+                for request in list(self.running.values()):
+                    outputs += self._step(request)
             if outputs:
                 self.mailbox.deliver(outputs)
 

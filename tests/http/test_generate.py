@@ -228,6 +228,34 @@ def test_stream(client: httpx.Client, task: str) -> None:
     assert last["usage"]["completion_tokens"] == 4
 
 
+def test_a_stream_is_the_same_bytes_however_its_tokens_arrive(
+    client: httpx.Client, task: str, server: Stack
+) -> None:
+    body = {"inputs": "naïve 日本語 🦊 fox", "parameters": {"max_new_tokens": 150}, "stream": True}
+    answers, writes = [], []
+    for server.engine.burst in (1, 7, 200):
+        with client.stream("POST", f"/v1/tasks/{task}/generate", json=body) as answer:
+            pieces = list(answer.iter_raw())
+        answers.append(b"".join(pieces))
+        writes.append(len(pieces))
+    one, *others = answers
+    assert all(other == one for other in others)
+    assert one.count(b"data: ") == 150
+    assert "日本語 🦊".encode() in one
+    # 150 events, at most 64 a write; what the client reads at once may be more than one write.
+    assert writes[-1] <= 4
+
+
+def test_an_error_behind_ready_tokens_is_the_last_event(
+    client: httpx.Client, task: str, server: Stack
+) -> None:
+    server.engine.burst = 5
+    server.engine.fail_with, server.engine.fail_after = DeadlineExceeded("too late"), 3
+    got = events(generate(client, task, stream=True))
+    assert [event.get("index") for event in got] == [1, 2, 3, None]
+    assert got[-1]["error"]["type"] == "timeout_error"
+
+
 def test_an_error_before_the_first_token_has_its_status(
     client: httpx.Client, task: str, server: Stack
 ) -> None:

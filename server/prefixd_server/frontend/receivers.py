@@ -67,6 +67,10 @@ class Stream:
                 raise
         return self._chunks.popleft()
 
+    def ready(self, most: int) -> list[Chunk]:
+        """Takes the next chunks, at most so many, that are here by now; often none. Never waits."""
+        return [self._chunks.popleft() for _ in range(min(most, len(self._chunks)))]
+
     async def aclose(self) -> None:
         """Abort the request if it is still running. Any number of times."""
         self._close()

@@ -61,7 +61,8 @@ class SequenceText:
         if self._stops.matched:
             reason = FinishReason.STOP
         special = is_end or self._codec.is_special(token.id)
-        shown = TextToken(token.id, text, token.logprob, special, self._top(token))
+        top = self._top(token) if token.top else ()
+        shown = TextToken(token.id, text, token.logprob, special, top)
         self._tokens.append(shown)
         if reason in _ENDS:
             self.completion = self._complete(reason)
