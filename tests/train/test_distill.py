@@ -139,6 +139,7 @@ def test_what_is_distilled_is_served(distil: Distil, llama: FrozenLM, tmp_path: 
     manifest = validate_file(trained.prefix)
     assert manifest.provenance["data"]["document"]["file"] == "library.txt"
     assert manifest.query_offset == 8
+    assert "| distilled from | library.txt, " in (tmp_path / "run" / "README.md").read_text()
     # The first virtual token is the document's own first.
     prefix = from_prefix_file(llama, trained.prefix)
     ids = llama.tokenizer(DOCUMENT).input_ids
