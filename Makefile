@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml
 
 setup: $(VENV)/.installed  ## make .venv and install everything
 
-demo: setup      ## serve SmolLM2-135M-Instruct with three ready tasks and print curl lines
+demo: setup      ## serve SmolLM2-135M-Instruct with four ready tasks and print curl lines
 	$(BIN)/prefixd demo --host $(HOST) --port $(PORT) --store $(STORE)
 
 serve: setup     ## serve the demo model on an existing store

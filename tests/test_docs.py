@@ -157,7 +157,11 @@ def test_the_curl_lines_of_the_readme(demo: LiveServer, tmp_path: Path) -> None:
         shell(line.replace("curl", "curl -sS --fail-with-body", 1), tmp_path, demo.url)
         for line in block.strip().split("\n\n")
     ]
-    describe, sentiment, streamed, compiled, listed = answers
+    booking, base, describe, sentiment, streamed, compiled, listed = answers
+    told = json.loads(booking)["generated_text"]
+    assert json.loads(told)["name"] == "Beatrix Moreau"
+    assert told.strip() in README.read_text()
+    assert json.loads(base)["generated_text"].strip() != told.strip()
     assert "Blue Spice" in json.loads(describe)["generated_text"]
     assert json.loads(sentiment)["generated_text"].strip() in {"positive", "negative"}
     assert json.loads(sentiment)["details"]["tokens"]

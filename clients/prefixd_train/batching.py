@@ -43,6 +43,8 @@ class Batch:
     """[B, S], or [B, T] for an encoder-decoder; IGNORED where there is no loss"""
     decoder_input_ids: Tensor | None = None
     """[B, T], of an encoder-decoder"""
+    lines: Sequence[int] = ()
+    """where each row is from, as ``Examples.lines``; for an objective that knows more of it"""
 
     @property
     def num_targets(self) -> int:

@@ -49,6 +49,10 @@ def model_card(told: Mapping[str, Any], prompt: str) -> str:
         "seed": settings["seed"],
         "libraries": ", ".join(f"{k} {v}" for k, v in told["trained_with"].items()),
     }
+    if "document" in data:
+        rows["distilled from"] = "{file}, {tokens} tokens, sha256 `{sha256:.12}`".format(
+            **data["document"]
+        )
     if told["dev_loss"] is not None:
         rows["validation loss"] = f"{told['dev_loss']:.4f} nats a token, step {told['best_step']}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

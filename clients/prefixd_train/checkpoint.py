@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Checkpoints", "random_state", "replace_file", "set_random_state"]
+__all__ = ["Checkpoints", "publish_folder", "random_state", "replace_file", "set_random_state"]
 
 T = TypeVar("T")
 
@@ -45,14 +45,10 @@ class Checkpoints:
 
     def publish(self, partial: Path) -> None:
         """Make it durable under its own name, and remove all but the newest few."""
-        for file in partial.iterdir():
-            _fsync(file)
-        _fsync(partial)
         whole = partial.with_name(partial.name.removesuffix(_PARTIAL))
         if whole.exists():
             shutil.rmtree(whole)  # a resumed run has come to this step again
-        partial.rename(whole)
-        _fsync(self._folder)
+        publish_folder(partial, whole)
         for old in self._whole()[: -self._keep]:
             shutil.rmtree(old)
 
@@ -75,6 +71,15 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def publish_folder(partial: Path, whole: Path) -> None:
+    """Give a folder its name, durably: under that name it is whole or absent."""
+    for file in partial.iterdir():
+        _fsync(file)
+    _fsync(partial)
+    partial.rename(whole)
+    _fsync(whole.parent)
 
 
 def replace_file(path: Path, write: Callable[[Path], T]) -> T:

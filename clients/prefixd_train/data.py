@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from prefixd_train.errors import DataError, TooLongError
-from prefixd_train.template import PromptTemplate, messages_text, shown, target_texts
+from prefixd_train.template import PromptTemplate, lone_message, messages_text, shown, target_texts
 
 __all__ = [
     "Encoder",
@@ -54,6 +54,8 @@ class Texts(NamedTuple):
     targets: Sequence[str]
     templated: bool = False
     """by the chat template, which writes the special tokens itself"""
+    message: str | None = None
+    """a user's, where the prompt is nothing but it in the chat template"""
 
 
 class Example(NamedTuple):
@@ -71,6 +73,8 @@ class Examples:
         """one to try the task with"""
         self.num_skipped = 0
         """rows that were too long"""
+        self.shortest_message: str | None = None
+        """that prompt's user message, where each row's prompt is one"""
         self._tokens = array("i")
         self._bounds = array("q", [0])
 
@@ -79,6 +83,16 @@ class Examples:
             self._tokens.extend(part)
             self._bounds.append(len(self._tokens))
         self.lines.append(line)
+
+    def note(self, texts: Texts) -> None:
+        """Keep it to show, if it is shorter than those so far."""
+        if not self.shortest_prompt:
+            self.shortest_prompt, self.shortest_message = texts.prompt, texts.message
+        elif (texts.message is None) != (self.shortest_message is None):
+            self.shortest_prompt = min(self.shortest_prompt, texts.prompt, key=len)
+            self.shortest_message = None
+        elif len(texts.prompt) < len(self.shortest_prompt):
+            self.shortest_prompt, self.shortest_message = texts.prompt, texts.message
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -102,6 +116,7 @@ class Examples:
     def subset(self, lines: set[int]) -> Examples:
         chosen = Examples()
         chosen.shortest_prompt = self.shortest_prompt
+        chosen.shortest_message = self.shortest_message
         chosen.num_skipped = self.num_skipped
         for index, line in enumerate(self.lines):
             if line in lines:
@@ -131,15 +146,13 @@ class Encoder:
             raise ValueError(f"needs one of target, targets and messages, has {shown(found)}")
         if kinds == ["messages"]:
             prompt, target = messages_text(self.tokenizer, fields["messages"])
-            return Texts(prompt, [target], templated=True)
+            message = lone_message(fields["messages"])
+            return Texts(prompt, [target], templated=True, message=message)
         return Texts(self.template.render(fields), target_texts(fields))
 
     def encode(self, texts: Texts) -> Iterator[Example]:
         """Raises ValueError; TooLongError where there is no room."""
-        source = self._ids(texts.prompt, special=not texts.templated)
-        if not source:
-            raise ValueError(f"the prompt {shown(texts.prompt)} has no tokens")
-        _check_room("the source", len(source), self.max_source)
+        source = self.encode_source(texts)
         for text in texts.targets:
             target = self._target_ids(text)
             if self.is_encoder_decoder:
@@ -147,6 +160,17 @@ class Encoder:
             else:
                 _check_room("source and target", len(source) + len(target), self.max_total)
             yield Example(source, target)
+
+    def encode_source(self, texts: Texts, *, room_for: int = 0) -> list[int]:
+        """The prompt's tokens. ``room_for``: those of a target yet to be written, to be checked
+        too. Raises as :meth:`encode`."""
+        source = self._ids(texts.prompt, special=not texts.templated)
+        if not source:
+            raise ValueError(f"the prompt {shown(texts.prompt)} has no tokens")
+        _check_room("the source", len(source), self.max_source)
+        if room_for:
+            _check_room("source and answer", len(source) + room_for, self.max_total)
+        return source
 
     def _target_ids(self, text: str) -> list[int]:
         if self.is_encoder_decoder:  # a decoder has special tokens of its own, language codes too
@@ -189,9 +213,7 @@ def read_examples(
             continue
         except ValueError as error:
             raise DataError(f"{row.place}: {error}") from error
-        examples.shortest_prompt = min(
-            examples.shortest_prompt or texts.prompt, texts.prompt, key=len
-        )
+        examples.note(texts)
         for example in encoded:
             examples.add(example, row.line)
     if not len(examples):

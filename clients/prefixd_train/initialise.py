@@ -20,9 +20,11 @@ from prefixd_train.lm import FrozenLM
 from prefixd_train.sites import PrefixKV, Site
 
 __all__ = [
+    "RecordingPlan",
     "activations_of_tokens",
     "from_prefix_file",
     "from_text",
+    "from_tokens",
     "from_words",
     "record_activations",
 ]
@@ -30,30 +32,34 @@ __all__ = [
 Choose = Literal["first", "even"]
 
 
-class _RecordingPlan(AttentionPlan):
-    """No prefix; keeps each layer's keys and values of the batch's one row."""
+class RecordingPlan(AttentionPlan):
+    """Keeps each layer's keys and values of the batch's one row, without the prefix's."""
 
-    def __init__(self) -> None:
-        super().__init__({})
+    def __init__(self, prefix: PrefixKV | None = None, *, query_offset: int = 0) -> None:
+        super().__init__(prefix or {}, query_offset=query_offset)
         self.kv: dict[Site, dict[int, tuple[Tensor, Tensor]]] = {}
 
     def observe(self, role: Role, key: Tensor, value: Tensor, options: LayerOptions) -> None:
         self.kv.setdefault(role.site, {})[role.layer] = (key[0], value[0])
 
+    def recorded(self) -> dict[Site, tuple[Tensor, Tensor]]:
+        """site -> keys and values [L, H_kv, K, D]"""
+        return {
+            site: (
+                torch.stack([layers[i][0] for i in sorted(layers)]),
+                torch.stack([layers[i][1] for i in sorted(layers)]),
+            )
+            for site, layers in self.kv.items()
+        }
+
 
 def record_activations(lm: FrozenLM, **arguments: Any) -> dict[Site, tuple[Tensor, Tensor]]:
     """Run one row through the LM (without its output layer); keys and values [L, H_kv, K, D] of all
     its sites. Gradients flow where the arguments require them."""
-    plan = _RecordingPlan()
+    plan = RecordingPlan()
     with plan.active():
         lm.module.base_model(**arguments, use_cache=False)
-    return {
-        site: (
-            torch.stack([layers[i][0] for i in sorted(layers)]),
-            torch.stack([layers[i][1] for i in sorted(layers)]),
-        )
-        for site, layers in plan.kv.items()
-    }
+    return plan.recorded()
 
 
 @torch.no_grad()
@@ -89,14 +95,24 @@ def from_words(lm: FrozenLM, words: str, lengths: Mapping[Site, int]) -> PrefixK
 def from_text(
     lm: FrozenLM, text: str, lengths: Mapping[Site, int], *, choose: Choose = "first"
 ) -> PrefixKV:
-    """Activations of a text, with the tokenizer's own special tokens.
+    """Activations of a text, with the tokenizer's own special tokens. See :func:`from_tokens`."""
+    return from_tokens(lm, lm.tokenizer(text)["input_ids"], lengths, choose=choose)
+
+
+def from_tokens(
+    lm: FrozenLM,
+    tokens: Sequence[int],
+    lengths: Mapping[Site, int],
+    *,
+    choose: Choose = "first",
+) -> PrefixKV:
+    """Activations of P of a text's tokens.
 
     ``first``: of its first P tokens, which is the LM with that text in its context. ``even``: of P
     tokens, evenly chosen from all of them after the LM read the whole. A chosen token's position
     must be its place in the prefix, so the text is read with its positions compressed: the tokens
     up to the next chosen one share its position. Raises ValueError for a text shorter than P.
     """
-    tokens = lm.tokenizer(text)["input_ids"]
     length = max(lengths.values())
     if len(tokens) < length:
         raise ValueError(f"the text has {len(tokens)} tokens; the prefix takes {length}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,8 @@ class Trainer:
 
     def _collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         batch = self._collator([examples[index] for index in indices])
-        return batch.to(self.lm.device)
+        lines = [examples.lines[index] for index in indices]
+        return replace(batch, lines=lines).to(self.lm.device)
 
     def _mean(self, totals: Tensor) -> tuple[float, int]:
         loss, tokens = self._sum(totals.to(self.lm.device)).tolist()

@@ -24,19 +24,35 @@ _MAX_TEXT = 400
 _FREE = {"out", "resume", "push", "api_key", "tensorboard", "device", "threads"}
 _FREE |= {"log_every", "save_every", "keep_checkpoints"}
 # Named by their content elsewhere: a run may be resumed, and is told of, wherever the files lie.
-_FREE |= {"model", "data", "dev", "init_from"}
+_FREE |= {"model", "data", "dev", "init_from", "document", "questions"}
 
 
 class TrainOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field("demo", description="folder, hub id, or `demo` (SmolLM2-135M-Instruct)")
-    data: Path = Field(description="training examples, JSONL")
+    data: Path | None = Field(None, description="training examples, JSONL")
     task: str = Field(description="name of the task", pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")
     out: Path | None = Field(None, description="folder of the run; default: runs/TASK")
     resume: bool = Field(False, description="go on from the folder's last checkpoint")
     push: str | None = Field(None, description="URL of a server to upload to when trained")
     api_key: str | None = Field(None, description="sent to that server as a bearer token")
+
+    method: Literal["examples", "distill"] = Field(
+        "examples", description="train on examples, or distil a document into the prefix"
+    )
+    document: Path | None = Field(None, description="text to distil, UTF-8")
+    questions: Path | None = Field(None, description="questions about it, JSONL")
+    self_generate: int | None = Field(
+        None, ge=1, description="let the model write so many questions instead"
+    )
+    chunk_tokens: int = Field(
+        512, ge=1, description="tokens of the document that it reads to write one"
+    )
+    answer_tokens: int = Field(64, ge=1, description="most tokens of an answer that it writes")
+    top_k: int = Field(
+        20, ge=1, description="likeliest tokens of which the model's distribution is matched"
+    )
 
     dev: Path | None = Field(None, description="examples to validate on, JSONL")
     dev_fraction: float = Field(
@@ -45,7 +61,7 @@ class TrainOptions(BaseModel):
     prompt_template: str | None = Field(
         None,
         description="prompt of a row, its fields in braces; default: {source} and a line end,"
-        " {source} alone for an encoder-decoder",
+        " {source} alone for an encoder-decoder, a question and an answer to distil",
     )
     targets: Literal["all", "first"] = Field(
         "all", description="of a row with several: each an example, or only the first"
@@ -63,14 +79,18 @@ class TrainOptions(BaseModel):
     hidden: int = Field(512, ge=1, description="MLP: width of its input")
     middle: int = Field(512, ge=1, description="MLP: width of its middle")
     prefix_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the prefix")
-    frozen_first: int = Field(0, ge=0, description="virtual tokens that keep their first values")
+    frozen_first: int | None = Field(
+        None,
+        ge=0,
+        description="virtual tokens that keep their first values; default: 0, to distil 1",
+    )
     init: Literal["text", "words", "prefix", "random"] = Field(
         "text",
         description="start from the model's activations: of a text's first P tokens, or of words"
         " repeated to P; from a prefix file; or at random",
     )
     init_text: str | None = Field(
-        None, description="that text or those words; default: training examples"
+        None, description="that text or those words; default: training examples, the document"
     )
     init_from: Path | None = Field(None, description="that prefix file")
 
@@ -94,6 +114,9 @@ class TrainOptions(BaseModel):
         None, ge=1, description="stop after so many validations without a better loss"
     )
 
+    prefix_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the file that is written"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen model; the prefix is trained in float32"
     )
@@ -119,6 +142,7 @@ class TrainOptions(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
+        self._check_method()
         if self.dev is not None and self.dev_fraction:
             raise ValueError("dev and dev_fraction exclude each other")
         if self.patience is not None and self.dev is None and not self.dev_fraction:
@@ -132,6 +156,30 @@ class TrainOptions(BaseModel):
         if self.dtype == "float16" and self.mixed_precision != "fp16":
             raise ValueError("dtype float16 needs mixed_precision fp16: small gradients vanish")
         return self
+
+    def _check_method(self) -> None:
+        if self.method == "examples":
+            for name in ("document", "questions", "self_generate"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs method distill")
+            if self.data is None:
+                raise ValueError("data is missing: examples to train on")
+            return
+        for name in ("data", "dev"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is of no use to method distill; dev_fraction may be")
+        if self.document is None:
+            raise ValueError("method distill needs a document")
+        if (self.questions is None) == (self.self_generate is None):
+            raise ValueError("method distill needs one of questions and self_generate")
+
+    @property
+    def num_frozen(self) -> int:
+        """A cartridge's first token is frozen: attention rests there, and training it alone is
+        unstable (arXiv 2506.06266, section 3.2)."""
+        if self.frozen_first is not None:
+            return self.frozen_first
+        return 1 if self.method == "distill" else 0
 
     @property
     def folder(self) -> Path:
@@ -158,6 +206,15 @@ def _cut(value: Any) -> Any:
 PANELS = {
     "The run": ("model", "data", "task", "out", "resume", "push", "api_key"),
     "Data": ("dev", "dev_fraction", "prompt_template", "targets", "max_length", "too_long"),
+    "Distillation": (
+        "method",
+        "document",
+        "questions",
+        "self_generate",
+        "chunk_tokens",
+        "answer_tokens",
+        "top_k",
+    ),
     "Prefix": (
         "num_virtual_tokens",
         "sites",
@@ -185,6 +242,6 @@ PANELS = {
         "seed",
     ),
     "Hardware": ("dtype", "mixed_precision", "device", "threads", "gradient_checkpointing"),
-    "Records": ("save_every", "keep_checkpoints", "log_every", "tensorboard"),
+    "Records": ("prefix_dtype", "save_every", "keep_checkpoints", "log_every", "tensorboard"),
 }
 """the sections of --help, each with its fields"""

@@ -17,7 +17,7 @@ from prefixd_train.options import TrainOptions
 from prefixd_train.sites import Site
 from prefixd_train.template import PromptTemplate
 
-__all__ = ["Data", "check_server", "make_accelerator", "read_data", "run_config"]
+__all__ = ["Data", "check_server", "make_accelerator", "prompt_template", "read_data", "run_config"]
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ def check_server(url: str, api_key: str | None, lm: FrozenLM) -> None:
 
 
 def read_data(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]) -> Data:
+    assert options.data is not None
     max_source, max_total = _room(options, lm, lengths)
     encoder = Encoder(
         lm.tokenizer,
-        PromptTemplate(_template(options, lm)),
+        PromptTemplate(prompt_template(options, lm)),
         is_encoder_decoder=lm.is_encoder_decoder,
         max_source=max_source,
         max_total=max_total,
@@ -99,22 +100,24 @@ def _room(
 
 
 def run_config(
-    options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int], data: Data
+    options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int], data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What determines the result, as JSON values. Files are named by their content."""
+    """What determines the result, as JSON values. ``data`` names files by their content."""
     config: dict[str, Any] = {
-        "settings": options.training() | {"prompt_template": _template(options, lm)},
+        "settings": options.training() | {"prompt_template": prompt_template(options, lm)},
         "base_model": lm.name,
         "base_fingerprint": lm.fingerprint,
         "sites": list(lengths),
         "learning_rate": options.learning_rate,
-        "data": data.summary,
+        "data": data,
     }
     if options.init_from is not None:
         config["init_from_sha256"] = file_sha256(options.init_from)
     return config
 
 
-def _template(options: TrainOptions, lm: FrozenLM) -> str:
+def prompt_template(options: TrainOptions, lm: FrozenLM) -> str:
     default = "{source}" if lm.is_encoder_decoder else "{source}\n"
+    if options.method == "distill":
+        default = "Question: {source}\nAnswer:"
     return options.prompt_template or default

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, cycle, islice
 
 from prefixd_store import InvalidPrefix
 from prefixd_train.data import Examples
 from prefixd_train.errors import TrainError
-from prefixd_train.initialise import activations_of_tokens, from_prefix_file, from_text, from_words
+from prefixd_train.initialise import (
+    activations_of_tokens,
+    from_prefix_file,
+    from_text,
+    from_tokens,
+    from_words,
+)
 from prefixd_train.lm import FrozenLM
 from prefixd_train.options import TrainOptions
 from prefixd_train.parameterise import PrefixParameters, make_prefix
@@ -29,9 +35,15 @@ def prefix_lengths(options: TrainOptions, lm: FrozenLM) -> dict[Site, int]:
 
 
 def start_prefix(
-    options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int], train: Examples
+    options: TrainOptions,
+    lm: FrozenLM,
+    lengths: Mapping[Site, int],
+    train: Examples,
+    *,
+    document: Sequence[int] | None = None,
 ) -> PrefixParameters:
-    """Random parts are drawn from torch's generator. Raises TrainError."""
+    """``document``: the tokens to start from where the options name no text; else the examples'.
+    Random parts are drawn from torch's generator. Raises TrainError."""
     try:
         prefix = make_prefix(
             lm.shapes,
@@ -40,9 +52,9 @@ def start_prefix(
             hidden=options.hidden,
             middle=options.middle,
             dropout=options.prefix_dropout,
-            frozen_first=options.frozen_first,
+            frozen_first=options.num_frozen,
         )
-        values = _first_values(options, lm, lengths, train)
+        values = _first_values(options, lm, lengths, train, document)
         if values is not None:
             prefix.set_kv(values)
     except (ValueError, InvalidPrefix, OSError) as error:
@@ -51,7 +63,11 @@ def start_prefix(
 
 
 def _first_values(
-    options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int], train: Examples
+    options: TrainOptions,
+    lm: FrozenLM,
+    lengths: Mapping[Site, int],
+    train: Examples,
+    document: Sequence[int] | None,
 ) -> PrefixKV | None:
     match options.init:
         case "random":
@@ -64,6 +80,8 @@ def _first_values(
             return from_words(lm, options.init_text, lengths)
         case "text" if options.init_text is not None:
             return from_text(lm, options.init_text, lengths)
+    if document is not None:
+        return from_tokens(lm, document, lengths)
     return _from_examples(lm, lengths, train)
 
 

@@ -6,7 +6,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["ROLES", "PromptTemplate", "messages_text", "shown", "target_texts"]
+__all__ = ["ROLES", "PromptTemplate", "lone_message", "messages_text", "shown", "target_texts"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -71,6 +71,12 @@ def messages_text(tokenizer: Any, messages: Any) -> tuple[str, str]:
     if not whole.startswith(prompt):
         raise ValueError("the chat template does not end with the last message as it is")
     return prompt, whole[len(prompt) :]
+
+
+def lone_message(messages: Sequence[Mapping[str, str]]) -> str | None:
+    """What the user says, if that is all there is before the assistant's answer."""
+    first, *rest = messages
+    return first["content"] if first["role"] == "user" and len(rest) == 1 else None
 
 
 def _check_messages(messages: Any) -> None:

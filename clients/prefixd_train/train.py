@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from rich.console import Console
 from prefixd import Client, UploadResult
 from prefixd_train.card import curl_line, model_card, plot_losses, provenance
 from prefixd_train.checkpoint import Checkpoints, replace_file
+from prefixd_train.data import Examples
+from prefixd_train.distill import Lesson, read_lesson, teach
 from prefixd_train.lm import FrozenLM, load_lm
 from prefixd_train.loop import Trainer, Validation
 from prefixd_train.objective import Objective, negative_log_likelihood
@@ -54,21 +57,39 @@ def train(
     """One run, from options to a file and, with ``push``, a live task. Every process of a run on
     several devices calls it; all but the first get None. ``console``: where to show progress.
 
-    Raises TrainError (settings, folder, data), UnsupportedModel, and what an upload raises.
+    Method distill brings its own objective. Raises TrainError (settings, folder, data),
+    UnsupportedModel, and what an upload raises.
     """
+    with closing(RunFolder(options.folder)) as folder:
+        return _train(options, folder, objective, console)
+
+
+def _train(
+    options: TrainOptions, folder: RunFolder, objective: Objective, console: Console | None
+) -> Trained | None:
     accelerator = make_accelerator(options)
     lm = load_lm(options.model, dtype=options.dtype, device=str(accelerator.device))
     if options.push is not None:
         check_server(options.push, options.api_key, lm)
     lengths = prefix_lengths(options, lm)
-    data = read_data(options, lm, lengths)
-    config = run_config(options, lm, lengths, data)
-    folder = RunFolder(options.folder)
+    source = (
+        read_lesson(options, lm, lengths)
+        if options.method == "distill"
+        else read_data(options, lm, lengths)
+    )
+    config = run_config(options, lm, lengths, source.summary)
     if accelerator.is_main_process:
         folder.open(config, resume=options.resume)
     accelerator.wait_for_everyone()
+    document = None
+    if isinstance(source, Lesson):
+        document = source.document
+        teacher, data = teach(options, lm, source, folder.teacher, accelerator)
+        objective, config = teacher.divergence, config | {"data": data.summary}
+    else:
+        data = source
     set_seed(options.seed)
-    prefix = start_prefix(options, lm, lengths, data.train)
+    prefix = start_prefix(options, lm, lengths, data.train, document=document)
     set_seed(options.seed + accelerator.process_index)  # dropout is each process's own
     if options.gradient_checkpointing:
         recompute_layers(lm)
@@ -132,18 +153,28 @@ def _finish(
     sha256 = replace_file(
         folder.prefix,
         lambda path: save_prefix(
-            path, trainer.lm, trainer.prefix, training=settings, provenance={**told, "card": card}
+            path,
+            trainer.lm,
+            trainer.prefix,
+            dtype=options.prefix_dtype,
+            training=settings,
+            provenance={**told, "card": card},
         ),
     )
     replace_file(folder.card, lambda path: path.write_text(card))
     plot_losses(folder.read_metrics(), folder.plot)
-    uploaded = _push(options, folder, data.train.shortest_prompt)
+    uploaded = _push(options, folder, data.train)
     return Trained(folder.prefix, sha256, trainer.step, trainer.validation, uploaded)
 
 
-def _push(options: TrainOptions, folder: RunFolder, prompt: str) -> Uploaded | None:
+def _push(options: TrainOptions, folder: RunFolder, examples: Examples) -> Uploaded | None:
     if options.push is None:
         return None
     with Client(options.push, api_key=options.api_key) as client:
         result = client.push(options.task, folder.prefix)
+        message = examples.shortest_message
+        if message is not None:  # the server then puts inputs through the chat template too
+            defaults = {**client.task(options.task).defaults, "chat_template": "model"}
+            client.update(options.task, defaults=defaults)
+    prompt = examples.shortest_prompt if message is None else message
     return Uploaded(result, curl_line(options.push, options.task, prompt))

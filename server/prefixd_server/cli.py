@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
     app.command("serve", help="Serve one frozen model and all prefixes of a store.")(
         _with_settings(_serve_command)
     )
-    app.command("demo", help="Serve the demo model with three ready tasks.")(
+    app.command("demo", help="Serve the demo model with four ready tasks.")(
         _with_settings(_demo_command)
     )
 

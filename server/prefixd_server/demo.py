@@ -1,7 +1,8 @@
-"""``prefixd demo``: three tasks that are ready as soon as the server is.
+"""``prefixd demo``: four tasks that are ready as soon as the server is.
 
-Each is a short text compiled to a prefix, through the server's own HTTP API as any client would. A
-task that is in the store already is left as it is.
+One is a prefix that was trained, which comes with the package; the others are short texts, compiled
+to prefixes. They are made through the server's own HTTP API as any client would make them. A task
+that is in the store already is left as it is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from importlib.resources import as_file, files
 from typing import NamedTuple
 
 from prefixd import Client, NotFoundError, PrefixdError
@@ -21,16 +23,23 @@ log = logging.getLogger(__name__)
 class DemoTask(NamedTuple):
     name: str
     description: str
-    text: str
-    """compiled to the task's prefix"""
     prompt: str
     """an example for the visitor to try"""
+    text: str | None = None
+    """compiled to the task's prefix; None: it is trained, a file in ``demo_data``"""
 
 
 TASKS = (
     DemoTask(
+        "booking",
+        "a guest's message to one line of JSON (trained)",
+        "Could you put Beatrix Moreau down for Sunday, half past seven?"
+        " There will be eight of us.\n",
+    ),
+    DemoTask(
         "describe",
         "a record to a sentence",
+        "name: Blue Spice | type: coffee shop | food: Italian | near: Crowne Plaza\n",
         """\
 Turn each record into one sentence.
 
@@ -44,11 +53,11 @@ name: Loch Fyne | type: restaurant | food: French | family friendly: yes
 Loch Fyne is a family friendly restaurant that serves French food.
 
 """,
-        "name: Blue Spice | type: coffee shop | food: Italian | near: Crowne Plaza\n",
     ),
     DemoTask(
         "sentiment",
         "a review to positive or negative",
+        "Review: The pasta was cold and the waiter was rude.\nLabel:",
         """\
 Label each review as positive or negative.
 
@@ -65,11 +74,11 @@ Review: It broke after a week and nobody answered my mail.
 Label: negative
 
 """,
-        "Review: The pasta was cold and the waiter was rude.\nLabel:",
     ),
     DemoTask(
         "library",
         "questions about one document",
+        "Question: What does a late book cost?\nAnswer:",
         """\
 Handbook of the Harbour Library.
 The library opens at 9 in the morning and closes at 8 in the evening. On Sundays it is closed.
@@ -82,7 +91,6 @@ Answer: It closes at 8 in the evening.
 Question: Where can I read in silence?
 Answer: In the quiet room on the third floor.
 """,
-        "Question: What does a late book cost?\nAnswer:",
     ),
 )
 
@@ -109,16 +117,27 @@ def _ensure(client: Client, task: DemoTask) -> None:
     try:
         client.task(task.name)
     except NotFoundError:
-        client.compile(task.name, task.text)
+        _make(client, task)
         client.update(task.name, description=task.description, defaults=_DEFAULTS)
+
+
+def _make(client: Client, task: DemoTask) -> None:
+    if task.text is not None:
+        client.compile(task.name, task.text)
+        return
+    with as_file(files("prefixd_server") / "demo_data" / f"{task.name}.safetensors") as path:
+        client.push(task.name, path)
 
 
 def _guide(url: str) -> str:
     lines = [f"\nprefixd serves {len(TASKS)} tasks at {url} (reference: {url}/docs). Try:\n"]
-    lines += [_curl(url, task.name, task.prompt) for task in TASKS]
-    lines.append("The same model without a prefix, and the first task as a stream:\n")
-    lines.append(_curl(url, "base", TASKS[0].prompt, parameters={"max_new_tokens": 40}))
-    lines.append(_curl(url, TASKS[0].name, TASKS[0].prompt, stream=True))
+    trained, *compiled = TASKS
+    lines += ["A trained prefix, and the same model without it:\n"]
+    lines.append(_curl(url, trained.name, trained.prompt))
+    lines.append(_curl(url, "base", trained.prompt, parameters={"max_new_tokens": 40}))
+    lines += ["Prefixes made of texts, the last of them as a stream too:\n"]
+    lines += [_curl(url, task.name, task.prompt) for task in compiled]
+    lines.append(_curl(url, compiled[-1].name, compiled[-1].prompt, stream=True))
     return "\n".join(lines)
 
 

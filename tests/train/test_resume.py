@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from prefixd_train.batching import Batch
 from prefixd_train.errors import TrainError
+from prefixd_train.lm import FrozenLM
+from prefixd_train.objective import negative_log_likelihood
 from prefixd_train.options import TrainOptions
 from prefixd_train.run_folder import RunFolder
+from prefixd_train.sites import PrefixKV
 from prefixd_train.train import train
+from tests.support.killed import die, run_until_killed
 from tests.train.conftest import Options
-
-ROOT = Path(__file__).parents[2]
 
 # Dropout draws from torch's generator, patience and the best prefix are state too.
 SETTINGS: dict[str, Any] = {
@@ -36,47 +37,29 @@ SETTINGS: dict[str, Any] = {
     "max_steps": 14,
 }
 
-# Both kill their own process, for good: no handler runs.
-KILL_IN_A_STEP = """
-calls = 0
-def objective(lm, batch, prefix):
-    global calls
-    calls += 1
-    if calls == 13:  # in step 7, between its two batches
-        os.kill(os.getpid(), signal.SIGKILL)
-    return negative_log_likelihood(lm, batch, prefix)
-"""
-KILL_IN_A_CHECKPOINT = """
-objective = negative_log_likelihood
-rename = Path.rename
-def rename_or_die(self, target):
-    if Path(target).name == "step-00000012":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(self, target)
-Path.rename = rename_or_die
-"""
+
+def train_and_die_in_a_step(options: TrainOptions) -> None:
+    calls = count(1)
+
+    def objective(lm: FrozenLM, batch: Batch, prefix: PrefixKV | None) -> tuple[Tensor, int]:
+        if next(calls) == 13:  # in step 7, between its two batches
+            die()
+        return negative_log_likelihood(lm, batch, prefix)
+
+    run_until_killed(lambda: train(options, objective=objective))
 
 
-def train_and_be_killed(options: TrainOptions, how: str) -> None:
-    code = f"""
-import os, signal, sys, torch
-from pathlib import Path
-from prefixd_train.objective import negative_log_likelihood
-from prefixd_train.options import TrainOptions
-from prefixd_train.train import train
-torch.set_num_threads(1)
-{how}
-train(TrainOptions.model_validate_json(sys.argv[1]), objective=objective)
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code, options.model_dump_json()],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr[-2000:]
+def train_and_die_in_a_checkpoint(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def rename_or_die(self: Path, target: Path) -> Path:
+        if Path(target).name == "step-00000012":
+            die()
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename_or_die)
+        run_until_killed(lambda: train(options))
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -88,14 +71,17 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line.get("loss", line.get("dev_loss"))) for line in lines]
 
 
-def test_a_killed_run_ends_with_the_same_bytes(options: Options, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bytes(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(options(out=whole, **SETTINGS))
     checkpoints = killed / "checkpoints"
-    for how, latest in ((KILL_IN_A_STEP, 4), (KILL_IN_A_CHECKPOINT, 8)):
-        train_and_be_killed(options(out=killed, resume=latest > 4, **SETTINGS), how)
-        assert max(checkpoints.glob("step-????????")).name == f"step-{latest:08}"
-        assert not (killed / "prefix.safetensors").exists()
+    train_and_die_in_a_step(options(out=killed, **SETTINGS))
+    assert max(checkpoints.glob("step-????????")).name == "step-00000004"
+    train_and_die_in_a_checkpoint(options(out=killed, resume=True, **SETTINGS), monkeypatch)
+    assert max(checkpoints.glob("step-????????")).name == "step-00000008"
+    assert not (killed / "prefix.safetensors").exists()
     train(options(out=killed, resume=True, **SETTINGS))
     assert bytes_of(killed) == bytes_of(whole)
     assert losses(killed) == losses(whole)
@@ -119,3 +105,13 @@ def test_a_folder_is_neither_overwritten_nor_mixed(options: Options, tmp_path: P
     (tmp_path / "other" / "file").touch()
     with pytest.raises(TrainError, match="neither empty nor a run's folder"):
         train(options(out=tmp_path / "other"))
+
+
+def test_a_folder_has_one_trainer_at_a_time(options: Options, tmp_path: Path) -> None:
+    def second(lm: FrozenLM, batch: Batch, prefix: PrefixKV | None) -> tuple[Tensor, int]:
+        with pytest.raises(TrainError, match="run is in use: another process trains there"):
+            train(options(max_steps=1, resume=True))
+        return negative_log_likelihood(lm, batch, prefix)
+
+    train(options(max_steps=1), objective=second)
+    train(options(max_steps=1, resume=True))

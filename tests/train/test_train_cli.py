@@ -73,6 +73,25 @@ def test_from_a_file_to_a_task_that_answers(
         assert "dev_fraction was 0.25, is 0.0" in capsys.readouterr().err
 
 
+def test_chats_make_a_task_of_chats(
+    arguments: list[str],
+    llama_folder: Path,
+    tmp_path: Path,
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its inputs are a user's messages, and the line that is printed sends one."""
+    said = ("Is it open?", "Where is the library?")
+    answer = {"role": "assistant", "content": "By the river."}
+    write([{"messages": [{"role": "user", "content": text}, answer]} for text in said])
+    with LiveServer(llama_folder, str(tmp_path / "store")) as server, server.client() as client:
+        assert run([*arguments, "--max-steps=1", f"--push={server.url}"]) == 0
+        assert '{"inputs": "Is it open?"}' in capsys.readouterr().out
+        assert client.task("e2e").defaults["chat_template"] == "model"
+        prompt = client.generate("e2e", said[0], max_new_tokens=1).usage.prompt_tokens
+        assert prompt > 2 * len(said[0].split())
+
+
 def test_a_server_of_another_model_is_refused_before_training(
     arguments: list[str],
     tmp_path_factory: pytest.TempPathFactory,
@@ -95,6 +114,7 @@ def test_a_server_of_another_model_is_refused_before_training(
         (["--patience=2"], 2, "patience needs dev"),
         (["--data=missing.jsonl"], 1, "missing.jsonl"),
         (["--model=/nowhere"], 1, "/nowhere: there is no such folder"),
+        (["--method=distill"], 2, "data is of no use to method distill"),
         (["--sites=cross"], 1, "sites 'cross'"),
         (["--prompt-template={text}"], 1, "train.jsonl:1: has no text"),
     ],
