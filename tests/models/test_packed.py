@@ -358,3 +358,14 @@ def test_other_activations_stay(module: nn.Module) -> None:
     parent = nn.ModuleDict({"act": module})
     pack(parent)
     assert parent["act"] is module
+
+
+@torch.inference_mode()
+def test_hooks_are_called() -> None:
+    parent = nn.ModuleDict({"linear": nn.Linear(32, 32, bias=False)})
+    pack(parent)
+    x = torch.randn(2, 5, 32)
+    hook = parent["linear"].register_forward_pre_hook(lambda _, args: (args[0][:, -1],))
+    assert parent["linear"](x).shape == (2, 32)
+    hook.remove()
+    assert parent["linear"](x).shape == (2, 5, 32)

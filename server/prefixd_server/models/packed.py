@@ -104,7 +104,10 @@ class FrozenLayer(nn.Module):
         self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Called some hundred times a step; torch's own __call__ is for hooks, which none has.
+        # Called some hundred times a step; torch's own __call__ is for hooks, which few have.
+        if self._forward_pre_hooks or self._forward_hooks:
+            result: Tensor = super().__call__(x)
+            return result
         return self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,9 +273,6 @@ class _Activation(nn.Module):
             if torch.allclose(activation(x), expected, rtol=1e-5, atol=1e-6):
                 return activation
         return None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.stride(-1) == 1 and (x.is_contiguous() or _is_one_list_of_rows(x)):
