@@ -69,6 +69,8 @@ class Stream:
 
     def ready(self, most: int) -> list[Chunk]:
         """Takes the next chunks, at most so many, that are here by now; often none. Never waits."""
+        if not self._chunks:
+            return []
         return [self._chunks.popleft() for _ in range(min(most, len(self._chunks)))]
 
     async def aclose(self) -> None:

@@ -151,11 +151,16 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     """One piece a write. What is ready leaves together: a write costs as much as all else that is
     done for a token here, so a loop that has fallen behind the engine catches up."""
-    chunk: Chunk | None = first
-    while chunk is not None:
-        together = [chunk, *stream.ready(_TOGETHER - 1)]
-        yield b"".join([_event(chunk, rendering, request) for chunk in together])
-        chunk = await anext(stream, None)
+    yield _events_ready(first, stream, rendering, request)
+    async for chunk in stream:
+        yield _events_ready(chunk, stream, rendering, request)
+
+
+def _events_ready(chunk: Chunk, stream: Stream, rendering: Rendering, request: Request) -> bytes:
+    data = _event(chunk, rendering, request)
+    if more := stream.ready(_TOGETHER - 1):
+        data = b"".join([data, *(_event(chunk, rendering, request) for chunk in more)])
+    return data
 
 
 def _event(chunk: Chunk, rendering: Rendering, request: Request) -> bytes:
