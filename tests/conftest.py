@@ -11,3 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # xdist tells its workers of a terminal, whose width rich would keep from its import on.
     os.environ.pop("COLUMNS", None)
     os.environ.pop("LINES", None)
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined, and its own when it is first imported, whoever does.
+    os.environ.setdefault("TRITON_INTERPRET", "1")

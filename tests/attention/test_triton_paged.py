@@ -4,7 +4,6 @@ else with the same kernels run by Triton's interpreter on the CPU."""
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from unittest.mock import patch
 
@@ -15,8 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 pytest.importorskip("triton")
 
 from prefixd_server.attention import CrossSpan, DecodePlan, LayerOptions, create_backend, work  # noqa: E402

@@ -182,6 +182,7 @@ def test_the_file_says_how_it_came_to_be(options: Options, tmp_path: Path) -> No
     assert told["card"] == (tmp_path / "run" / "README.md").read_text()
     assert str(tmp_path) not in str(told)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock",
         "README.md",
         "checkpoints",
         "config.json",
