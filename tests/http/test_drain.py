@@ -92,7 +92,8 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, first: signal.Signals) -
     with server(tmp_path, 600) as running:
         path = f"{running.url}/v1/tasks/base/generate"
         with httpx.stream("POST", path, json=STREAM) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: a dropped iterator closes the connection
+            next(lines)
             running.process.send_signal(first)
             wait_until(lambda: not_ready(running.url))
             running.process.send_signal(signal.SIGTERM)
