@@ -90,7 +90,7 @@ def row(method: str, results: Sequence[Result], groups: Sequence[str]) -> list[s
     cells.append(f"{first['bytes_per_task'] / 1024:,.0f}")
     if "lr" in first:
         cells.append(f"{first['lr']:g}")
-        cells.append(f"{mean(results, lambda result: result['train_seconds']):.0f}")
+        cells.append(f"{mean(results, lambda result: result['train_cpu_seconds']):.0f}")
         cells.append(f"{mean(results, lambda result: result['dev_loss']):.3f}")
     else:
         cells += ["", "", ""]
@@ -100,7 +100,15 @@ def row(method: str, results: Sequence[Result], groups: Sequence[str]) -> list[s
 def table(methods: dict[str, list[Result]]) -> list[str]:
     groups = list(next(iter(methods.values()))[0]["scores"])
     scores = [f"{m} {g}" if len(groups) > 1 else m for m in METRICS for g in groups]
-    columns = ["method", "seeds", "trained parameters", "KiB a task", "lr", "train s", "dev loss"]
+    columns = [
+        "method",
+        "seeds",
+        "trained parameters",
+        "KiB a task",
+        "lr",
+        "train CPU s",
+        "dev loss",
+    ]
     columns += scores
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     known = [method for method in METHODS if method in methods]
@@ -126,7 +134,8 @@ def markdown(results: Sequence[Result]) -> str:
         "One frozen LM, the same examples in the same order, AdamW with a linear schedule, greedy"
         " decoding. Scores: the mean over seeds, in brackets the mean 95 % bootstrap interval over"
         " test inputs, after ± the standard deviation over seeds. KiB a task: what is kept for each"
-        " task in float32 (a prefix is kept without the MLP that trained it).",
+        " task in float32 (a prefix is kept without the MLP that trained it). CPU s: of all"
+        " threads together.",
         "",
     ]
     for found, methods in sorted(by_setting(results).items(), key=lambda item: str(item[0])):

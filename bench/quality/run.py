@@ -70,7 +70,7 @@ def run_job(job: Job, base: Base, data: Path, results: list[dict[str, Any]]) -> 
             lr=lr,
             seed=job.seed,
         )
-        found |= {"lr": lr, "train_seconds": trained.seconds, "losses": trained.losses}
+        found |= {"lr": lr, "train_cpu_seconds": trained.cpu_seconds, "losses": trained.losses}
         found["dev_loss"] = dev_loss(method, texts.dev, collate)
     if job.num_test != 0:
         found |= _score(method, texts.test)
