@@ -13,11 +13,13 @@ from typing import TypeVar
 import torch
 
 from prefixd_server.attention import AttentionBackend, create_backend
+from prefixd_server.attention.native import NativeBackend
 from prefixd_server.config import CacheConfig, Config
 from prefixd_server.engine.admission import Admission
 from prefixd_server.engine.cuda_graphs import CudaGraphRunner
 from prefixd_server.engine.engine import Engine
 from prefixd_server.engine.mailbox import Mailbox
+from prefixd_server.engine.program_runner import ProgramRunner
 from prefixd_server.engine.runner import ModelRunner
 from prefixd_server.engine.sampling import Sampler
 from prefixd_server.engine.scheduler import Scheduler
@@ -269,6 +271,8 @@ def _make_runner(config: Config, model: LoadedModel, backend: AttentionBackend) 
         runner = CudaGraphRunner(model.module, backend, model.device, max_num_seqs=max_num_seqs)
         runner.capture()
         return runner
+    if model.program is not None and isinstance(backend, NativeBackend):
+        return ProgramRunner(model.module, model.program, backend, model.device)
     return ModelRunner(model.module, backend, model.device)
 
 

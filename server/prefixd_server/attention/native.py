@@ -26,7 +26,7 @@ from prefixd_server.kv.pool import KVPool, slots_of
 from prefixd_server.native import kernels
 from prefixd_server.native.kernels import AttentionParts, Kernels
 
-__all__ = ["NativeBackend"]
+__all__ = ["NativeBackend", "NativePlan"]
 
 _LONGEST_PART = 512
 """keys; a longer list becomes several parts, so that all threads have work"""
@@ -45,11 +45,11 @@ class NativeBackend(AttentionBackend):
         self._kernels = loaded
         self._reference = SDPABackend(pool)
 
-    def plan(self, spans: Sequence[Span]) -> StepPlan:
-        return _NativePlan(self.pool, self._kernels, self._reference, spans)
+    def plan(self, spans: Sequence[Span]) -> NativePlan:
+        return NativePlan(self.pool, self._kernels, self._reference, spans)
 
 
-class _NativePlan(StepPlan):
+class NativePlan(StepPlan):
     def __init__(
         self, pool: KVPool, kernels: Kernels, reference: SDPABackend, spans: Sequence[Span]
     ) -> None:
@@ -58,8 +58,8 @@ class _NativePlan(StepPlan):
         self._reference = reference
         self._spans = spans
         self._reference_plan: StepPlan | None = None
-        self._slots = _new_slots(spans, pool.page_size)
-        self._parts = _parts(spans, pool.page_size)
+        self.slots = _new_slots(spans, pool.page_size)
+        self.parts = _parts(spans, pool.page_size)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: LayerOptions
@@ -70,13 +70,13 @@ class _NativePlan(StepPlan):
                 self._reference_plan = self._reference.plan(self._spans)
             return self._reference_plan.attend(layer, query, key, value, options)
         keys, values = self._pool.keys[layer], self._pool.values[layer]
-        if len(self._slots):  # cross-attention mostly has nothing new
-            self._kernels.store(_rows(key), _rows(value), self._slots.ctypes.data, keys, values)
+        if len(self.slots):  # cross-attention mostly has nothing new
+            self._kernels.store(_rows(key), _rows(value), self.slots.ctypes.data, keys, values)
         return self._kernels.attend(
             _rows(query),
             keys,
             values,
-            self._parts,
+            self.parts,
             scaling=options.scaling,
             softcap=options.softcap,
             window=options.sliding_window,

@@ -29,8 +29,10 @@ from prefixd_server.models.demo import DEMO_NAME, demo_model_folder
 from prefixd_server.models.packed import can_pack, pack
 from prefixd_server.models.probe import observe_geometry, run_packed_step
 from prefixd_server.models.quantized import can_quantize, quantize
+from prefixd_server.models.record import record
 from prefixd_server.models.seq2seq import DecoderRules, Seq2SeqModel
 from prefixd_server.models.seq2seq_probe import observe_seq2seq_geometry
+from prefixd_server.native.program import Program
 from prefixd_store.errors import InvalidRequest
 from prefixd_store.fingerprint import fingerprint_folder
 from prefixd_store.geometry import Geometry
@@ -62,6 +64,8 @@ class LoadedModel:
     """of everything that is computed, and of the KV cache"""
     weights: str
     """what the linear layers' weights are kept as: the name of ``dtype``, or int8"""
+    program: Program | None = None
+    """the decoder-only ``module`` in one call, for float32 on the CPU"""
     seq2seq: Seq2SeqModel | None = None
     """an encoder-decoder's ``module``, with what it takes to call it; None: decoder-only"""
     decoder_rules: DecoderRules | None = None
@@ -105,12 +109,16 @@ def load_model(config: ModelConfig) -> LoadedModel:
         geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
     run = None if encoder_decoder else partial(run_packed_step, module)
+    program = None
     if dtype == "int8":
         quantize(module, run)
     elif config.pack_weights and can_pack(device, loaded_dtype):
         pack(module, run)
+        if encoder_decoder is None:
+            program = record(module, geometry)
     return LoadedModel(
         module=module,
+        program=program,
         tokenizer=tokenizer,
         name=config.served_name or _name(config.model),
         architecture=type(module).__name__,

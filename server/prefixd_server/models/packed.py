@@ -52,7 +52,7 @@ def pack(
     ``run`` runs the module once; what it shows to read one input is joined. The replaced layers
     hold no ``weight`` to train or to save. ``linear`` makes the layers that take their places.
     """
-    linear = linear or _PackedLinear
+    linear = linear or PackedLinear
     joined = _joined(module, run) if run is not None else []
     for parent, names in joined:
         layers = [getattr(parent, name) for name in names]
@@ -65,9 +65,9 @@ def pack(
         child = getattr(parent, name)
         if _is_linear(child):
             setattr(parent, name, linear(*_weight_and_bias(child)))
-        elif loaded is not None and (norm := _RMSNorm.like(child, loaded)) is not None:
+        elif loaded is not None and (norm := RMSNorm.like(child, loaded)) is not None:
             setattr(parent, name, norm)
-        elif loaded is not None and (activation := _Activation.like(child, loaded)) is not None:
+        elif loaded is not None and (activation := Activation.like(child, loaded)) is not None:
             setattr(parent, name, activation)
     if loaded is not None:
         rotary.use_kernel(module, loaded)
@@ -75,7 +75,14 @@ def pack(
 
 def pack_linear(module: nn.Module) -> nn.Module:
     """The packed layer in place of a linear one; any other module is returned as it is."""
-    return _PackedLinear(*_weight_and_bias(module)) if _is_linear(module) else module
+    return PackedLinear(*_weight_and_bias(module)) if _is_linear(module) else module
+
+
+def packed_linears(module: nn.Module) -> Iterator[nn.Module]:
+    """The joined layers, which are not among ``module.modules()``."""
+    sources = {id(m._source): m._source for m in module.modules() if isinstance(m, _Part)}
+    for source in sources.values():
+        yield source.linear
 
 
 def _children(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -114,18 +121,15 @@ class FrozenLayer(nn.Module):
         raise NotImplementedError
 
 
-class _PackedLinear(FrozenLayer):
+class PackedLinear(FrozenLayer):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.dtype)
         self.out_features, self.in_features = weight.shape
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
-        self._bias = bias
+        self.packed = weight.contiguous()
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self._bias, "none", [], ""
-        )
-        return result
+        return torch.nn.functional.linear(x, self.packed, self.bias)
 
 
 class _JoinedLinear:
@@ -138,14 +142,14 @@ class _JoinedLinear:
         if any(b is not None for b in biases):
             pairs = zip(weights, biases, strict=True)
             bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
-        self._linear = linear(torch.cat(weights), bias)
+        self.linear = linear(torch.cat(weights), bias)
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
     def part(self, x: Tensor, index: int) -> Tensor:
         if x is not self._input:
             self._input = x
-            self._outputs = torch.split_with_sizes(self._linear(x), self._sizes, -1)
+            self._outputs = torch.split_with_sizes(self.linear(x), self._sizes, -1)
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             self._input, self._outputs = None, ()
@@ -212,16 +216,16 @@ def _noting(
     return note
 
 
-class _RMSNorm(FrozenLayer):
+class RMSNorm(FrozenLayer):
     def __init__(self, kernels: Kernels, weight: Tensor, plus: float, epsilon: float) -> None:
         super().__init__(weight.dtype)
         self._kernels = kernels
-        self._scale = weight
-        self._plus = plus
-        self._epsilon = epsilon
+        self.scale = weight
+        self.plus = plus
+        self.epsilon = epsilon
 
     @classmethod
-    def like(cls, module: nn.Module, kernels: Kernels) -> _RMSNorm | None:
+    def like(cls, module: nn.Module, kernels: Kernels) -> RMSNorm | None:
         """The kernel's norm with the module's weight, if it computes what the module computes."""
         weight = getattr(module, "weight", None)
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -242,10 +246,13 @@ class _RMSNorm(FrozenLayer):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._kernels.rms_norm(x.contiguous(), self._scale, self._plus, self._epsilon)
+        if x.dim() == 4 and x.stride(1) < x.stride(2):
+            # Heads ahead of tokens: the rows are the same, and the result lies as the input does.
+            return self(x.transpose(1, 2)).transpose(1, 2)
+        return self._kernels.rms_norm(x.contiguous(), self.scale, self.plus, self.epsilon)
 
 
-class _Activation(nn.Module):
+class Activation(nn.Module):
     """SiLU, or GELU by its tanh formula, which families write in up to eight operators."""
 
     _SHAPES = ((1.0, 0.0), (math.sqrt(8 / math.pi), 0.044715))
@@ -253,13 +260,13 @@ class _Activation(nn.Module):
 
     def __init__(self, kernels: Kernels, original: nn.Module, slope: float, cubic: float) -> None:
         super().__init__()
-        self._activate = kernels.activate
+        self._kernels = kernels
         self._original = original
-        self._slope = slope
-        self._cubic = cubic
+        self.slope = slope
+        self.cubic = cubic
 
     @classmethod
-    def like(cls, module: nn.Module, kernels: Kernels) -> _Activation | None:
+    def like(cls, module: nn.Module, kernels: Kernels) -> Activation | None:
         """The kernel's function, if it computes what a module without state computes."""
         if "LU" not in type(module).__name__ or any(True for _ in module.parameters()):
             return None
@@ -276,7 +283,7 @@ class _Activation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.stride(-1) == 1 and (x.is_contiguous() or _is_one_list_of_rows(x)):
-            return self._activate(x, self._slope, self._cubic)
+            return self._kernels.activate(x, self.slope, self.cubic)
         result: Tensor = self._original(x)
         return result
 

@@ -46,7 +46,8 @@ def library(folder: Path) -> Path:
 
 
 def _digest() -> str:
-    parts = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), platform.machine().encode()]
+    parts = [path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.[ch]*")) if path.is_file()]
+    parts += [" ".join(_FLAGS).encode(), platform.machine().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

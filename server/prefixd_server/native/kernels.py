@@ -74,6 +74,7 @@ class Kernels:
     """Calls release the GIL and run in torch's own OpenMP threads, as many as torch is set to."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         # torch has loaded its libgomp before us, under the same name, so there is one thread pool.
         tensor = c_void_p
         self._store = _function(

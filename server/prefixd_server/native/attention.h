@@ -1,0 +1,342 @@
+// Attention over paged keys and values, in float32.
+//
+// Attention is computed in parts: a part is a range of one page list (a prefix, or a sequence's own
+// tokens) against the queries that see it, so a prefix is read once for all its requests. Each part
+// leaves, for each of its queries and heads, a maximum, a sum and a weighted value; `merge` joins
+// the parts of a query by their log-sum-exp (as FlashInfer's cascade and flash-decoding do).
+//
+// `attend` and `store` are called by all threads of a team; each ends with a barrier.
+
+#pragma once
+
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int KEYS = 64;  // keys of a block
+constexpr int FEW_ROWS = 8;  // up to here, a vector holds a row's dimensions instead of rows
+constexpr int FEW_ROWS_KEYS = 256;  // of a block then: only scores are kept, not vectors of them
+
+// Keys by their index in the joint sequence: the prefix's pages, then the sequence's own.
+struct Part {
+    int32_t first_row, end_row;       // its queries, in `rows`
+    int32_t prefix_page, prefix_len;  // where its prefix's page list begins, in `pages`
+    int32_t own_page;
+    int32_t first_key, end_key;
+};
+
+struct Step {
+    const Part* parts;
+    const int32_t* pages;
+    const int32_t* rows;         // packed token of each row
+    const int32_t* query_index;  // [T] index in the joint sequence
+    int32_t page_size;
+};
+
+struct Layer {
+    const float* query;  // [T, H, D], with strides
+    int64_t query_token, query_head;
+    const float* keys;  // [num_slots, H_kv, D]
+    const float* values;
+    int32_t heads, kv_heads, dim;
+    float scaling, softcap;
+    int32_t window;  // 0: none
+};
+
+INLINE float cap(float score, const Layer& layer) {
+    score *= layer.scaling;
+    return layer.softcap > 0 ? layer.softcap * std::tanh(score / layer.softcap) : score;
+}
+
+struct Range {
+    int32_t first, end;
+};
+
+// Which of the part's keys a query sees.
+INLINE Range seen_by(int32_t query_index, const Part& part, int32_t window) {
+    int32_t end = std::min(part.end_key, query_index + 1);
+    int32_t first = part.first_key;
+    if (window > 0) first = std::max(first, query_index + 1 - window);
+    if (first >= end) return {part.end_key, part.first_key};  // none, and no bound for other rows
+    return {first, end};
+}
+
+// Where the keys of a block start in the pool, for one head; the last one again up to `room`.
+INLINE void locate(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
+                   int32_t first, int32_t count, int32_t room, int64_t* at) {
+    const int64_t slot_size = int64_t(layer.kv_heads) * layer.dim;
+    const bool in_prefix = first < part.prefix_len;
+    int32_t before_own = in_prefix ? part.prefix_len - first : 0;
+    const int32_t from = in_prefix ? first : first - part.prefix_len;
+    const int32_t* page =
+        step.pages + (in_prefix ? part.prefix_page : part.own_page) + from / step.page_size;
+    int32_t offset = from % step.page_size;
+    for (int32_t j = 0; j < count; j++) {
+        at[j] = (int64_t(*page) * step.page_size + offset) * slot_size + kv_head * layer.dim;
+        if (++offset == step.page_size) offset = 0, page++;
+        if (--before_own == 0) offset = 0, page = step.pages + part.own_page;
+    }
+    for (int32_t j = count; j < room; j++) at[j] = at[count - 1];
+}
+
+// What one row leaves of one part: [maximum, sum, value of D].
+INLINE float* result_of(float* results, const Layer& layer, int64_t row, int32_t head) {
+    return results + (row * layer.heads + head) * (layer.dim + 2);
+}
+
+typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+// The sums of four vectors.
+INLINE Vec4 sums_of(Vec a, Vec b, Vec c, Vec d) {
+    const IntVec low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+    const IntVec high = low + 2;
+    const IntVec first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    const Vec ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    const Vec cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+    const Vec all = __builtin_shuffle(ab, cd, first) + __builtin_shuffle(ab, cd, first + 2);
+    Vec4 quarters[4];
+    std::memcpy(quarters, &all, sizeof quarters);
+    return quarters[0] + quarters[1] + (quarters[2] + quarters[3]);
+}
+
+// scores[j] = query . keys[at[j]], four keys at a time.
+template <int DIM>
+INLINE void dot_products(const float* query, const float* keys, const int64_t* at, int32_t count,
+                         int32_t dim, float* scores) {
+    const int32_t size = DIM ? DIM : dim;
+    for (int32_t j = 0; j < count; j += 4) {
+        const float* key[4] = {keys + at[j], keys + at[j + 1], keys + at[j + 2], keys + at[j + 3]};
+        Vec sum[4] = {};
+        int32_t d = 0;
+        for (; d + LANES <= size; d += LANES)
+            for (int i = 0; i < 4; i++) sum[i] += *(const Vec*)(query + d) * *(const Vec*)(key[i] + d);
+        Vec4 result = sums_of(sum[0], sum[1], sum[2], sum[3]);
+        for (; d < size; d++)
+            for (int i = 0; i < 4; i++) result[i] += query[d] * key[i][d];
+        *(Vec4*)(scores + j) = result;
+    }
+}
+
+// value = value * shrink + weights . values[at], VECTORS vectors of it.
+template <int VECTORS>
+INLINE void add_values(float* value, float shrink, const float* values, const int64_t* at,
+                       const float* weights, int32_t count) {
+    Vec sum[VECTORS];
+    for (int i = 0; i < VECTORS; i++) sum[i] = *(const Vec*)(value + i * LANES) * shrink;
+    for (int32_t j = 0; j < count; j++)
+        for (int i = 0; i < VECTORS; i++)
+            sum[i] += weights[j] * *(const Vec*)(values + at[j] + i * LANES);
+    for (int i = 0; i < VECTORS; i++) *(Vec*)(value + i * LANES) = sum[i];
+}
+
+// A few rows: a vector holds a row's dimensions.
+template <int DIM>
+INLINE void few_rows(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
+                     float* results) {
+    const int32_t dim = DIM ? DIM : layer.dim, group = layer.heads / layer.kv_heads;
+    for (int32_t row = part.first_row; row < part.end_row; row++) {
+        const int64_t token = step.rows[row];
+        const Range seen = seen_by(step.query_index[token], part, layer.window);
+        for (int32_t g = 0; g < group; g++) {
+            float* result = result_of(results, layer, row, kv_head * group + g);
+            result[0] = NEVER;
+            std::fill(result + 1, result + 2 + dim, 0.f);
+        }
+        for (int32_t block = seen.first; block < seen.end; block += FEW_ROWS_KEYS) {
+            const int32_t count = std::min(FEW_ROWS_KEYS, seen.end - block);
+            int64_t at[FEW_ROWS_KEYS];
+            locate(step, layer, part, kv_head, block, count, (count + 3) / 4 * 4, at);
+            for (int32_t g = 0; g < group; g++) {
+                const int32_t head = kv_head * group + g;
+                const float* query =
+                    layer.query + token * layer.query_token + head * layer.query_head;
+                float* result = result_of(results, layer, row, head);
+                float scores[FEW_ROWS_KEYS];
+                dot_products<DIM>(query, layer.keys, at, count, dim, scores);
+                float highest = result[0];
+                for (int32_t j = 0; j < count; j++) {
+                    scores[j] = cap(scores[j], layer);
+                    highest = std::max(highest, scores[j]);
+                }
+                const float shrink = std::exp(result[0] - highest);
+                for (int32_t j = 0; j < count; j += LANES)
+                    *(Vec*)(scores + j) = exp_negative(*(Vec*)(scores + j) - highest);
+                float sum = 0;
+                for (int32_t j = 0; j < count; j++) sum += scores[j];
+                result[0] = highest;
+                result[1] = result[1] * shrink + sum;
+                float* value = result + 2;
+                const float* values = layer.values;
+                int32_t d = 0;
+                for (; d + 4 * LANES <= dim; d += 4 * LANES)
+                    add_values<4>(value + d, shrink, values + d, at, scores, count);
+                for (; d + LANES <= dim; d += LANES)
+                    add_values<1>(value + d, shrink, values + d, at, scores, count);
+                for (; d < dim; d++) {
+                    value[d] *= shrink;
+                    for (int32_t j = 0; j < count; j++) value[d] += scores[j] * values[at[j] + d];
+                }
+            }
+        }
+    }
+}
+
+// Many rows: a vector holds one number of 16 rows, and a key's dimensions are broadcast.
+template <int DIM>
+INLINE void many_rows(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
+                      int32_t first, int32_t end, float* results, float* scratch) {
+    const int32_t dim = DIM ? DIM : layer.dim, group = layer.heads / layer.kv_heads;
+    constexpr int TILE = 8;
+    Vec* query = (Vec*)scratch;  // [D][16]
+    Vec* value = query + dim;    // [D][16]
+    alignas(64) Vec scores[KEYS];
+    alignas(64) int32_t see_first[LANES] = {}, see_end[LANES] = {};
+    int32_t first_key = part.end_key, end_key = part.first_key;
+    const int32_t count = end - first;
+    std::fill((float*)query, (float*)(value + dim), 0.f);
+    for (int32_t lane = 0; lane < count; lane++) {
+        const int64_t token = step.rows[part.first_row + (first + lane) / group];
+        const int32_t head = kv_head * group + (first + lane) % group;
+        const float* from = layer.query + token * layer.query_token + head * layer.query_head;
+        for (int32_t d = 0; d < dim; d++) ((float*)query)[d * LANES + lane] = from[d];
+        const Range seen = seen_by(step.query_index[token], part, layer.window);
+        see_first[lane] = seen.first;
+        see_end[lane] = seen.end;
+        first_key = std::min(first_key, seen.first);
+        end_key = std::max(end_key, seen.end);
+    }
+    IntVec lows, ends;
+    std::memcpy(&lows, see_first, sizeof lows);
+    std::memcpy(&ends, see_end, sizeof ends);
+    Vec highest = splat(NEVER), sum{};
+    for (int32_t block = first_key; block < end_key; block += KEYS) {
+        const int32_t keys = std::min(KEYS, end_key - block);
+        int64_t at[KEYS];
+        locate(step, layer, part, kv_head, block, keys, KEYS, at);
+        for (int32_t j = 0; j < keys; j += TILE) {
+            Vec tile[TILE] = {};
+            const float* from[TILE];
+            for (int i = 0; i < TILE; i++) from[i] = layer.keys + at[j + i];
+            for (int32_t d = 0; d < dim; d++)
+                for (int i = 0; i < TILE; i++) tile[i] += query[d] * from[i][d];
+            for (int i = 0; i < TILE; i++) scores[j + i] = tile[i] * layer.scaling;
+        }
+        if (layer.softcap > 0)
+            for (int32_t i = 0; i < keys * LANES; i++) {
+                float* score = (float*)scores + i;
+                *score = layer.softcap * std::tanh(*score / layer.softcap);
+            }
+        Vec now = highest;
+        for (int32_t j = 0; j < keys; j++) {
+            const IntVec key = (block + j) - IntVec{};
+            scores[j] = (key >= lows) & (key < ends) ? scores[j] : splat(NEVER);
+            now = scores[j] > now ? scores[j] : now;
+        }
+        // Rows that have seen nothing yet have no maximum: -inf - -inf is not a number.
+        const Vec base = now == splat(NEVER) ? splat(0.f) : now;
+        const Vec shrink = highest == splat(NEVER) ? splat(0.f) : exp_negative(highest - base);
+        sum *= shrink;
+        for (int32_t j = 0; j < keys; j++) {
+            const Vec weight = exp_negative(scores[j] - base);
+            scores[j] = scores[j] == splat(NEVER) ? splat(0.f) : weight;
+            sum += scores[j];
+        }
+        highest = now;
+        int32_t d = 0;
+        for (; d + TILE <= dim; d += TILE) {
+            Vec tile[TILE];
+            for (int i = 0; i < TILE; i++) tile[i] = value[d + i] * shrink;
+            for (int32_t j = 0; j < keys; j++) {
+                const float* from = layer.values + at[j] + d;
+                for (int i = 0; i < TILE; i++) tile[i] += scores[j] * from[i];
+            }
+            for (int i = 0; i < TILE; i++) value[d + i] = tile[i];
+        }
+        for (; d < dim; d++) {
+            Vec one = value[d] * shrink;
+            for (int32_t j = 0; j < keys; j++) one += scores[j] * layer.values[at[j] + d];
+            value[d] = one;
+        }
+    }
+    for (int32_t lane = 0; lane < count; lane++) {
+        const int64_t row = part.first_row + (first + lane) / group;
+        float* result = result_of(results, layer, row, kv_head * group + (first + lane) % group);
+        result[0] = ((float*)&highest)[lane];
+        result[1] = ((float*)&sum)[lane];
+        for (int32_t d = 0; d < dim; d++) result[2 + d] = ((float*)value)[d * LANES + lane];
+    }
+}
+
+FOR_EACH_CPU
+void attend_part(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
+                 float* results, float* scratch) {
+    const int32_t group = layer.heads / layer.kv_heads;
+    const int32_t rows = (part.end_row - part.first_row) * group;
+    if (rows <= FEW_ROWS) {
+        if (layer.dim == 64) few_rows<64>(step, layer, part, kv_head, results);
+        else if (layer.dim == 128) few_rows<128>(step, layer, part, kv_head, results);
+        else few_rows<0>(step, layer, part, kv_head, results);
+        return;
+    }
+    for (int32_t first = 0; first < rows; first += LANES) {
+        const int32_t end = std::min(rows, first + LANES);
+        if (layer.dim == 64)
+            many_rows<64>(step, layer, part, kv_head, first, end, results, scratch);
+        else if (layer.dim == 128)
+            many_rows<128>(step, layer, part, kv_head, first, end, results, scratch);
+        else
+            many_rows<0>(step, layer, part, kv_head, first, end, results, scratch);
+    }
+}
+
+FOR_EACH_CPU
+void merge(const int32_t* parts, int32_t num_parts, const Layer& layer, int32_t head,
+           const float* results, float* output) {
+    const int64_t size = layer.dim + 2;
+    float highest = NEVER, sum = 0;
+    for (int32_t i = 0; i < num_parts; i++)
+        highest = std::max(highest, results[(parts[i] * int64_t(layer.heads) + head) * size]);
+    std::fill(output, output + layer.dim, 0.f);
+    for (int32_t i = 0; i < num_parts; i++) {
+        const float* result = results + (parts[i] * int64_t(layer.heads) + head) * size;
+        if (result[1] == 0) continue;  // its window has left this part
+        const float weight = std::exp(result[0] - highest);
+        sum += weight * result[1];
+        for (int32_t d = 0; d < layer.dim; d++) output[d] += weight * result[2 + d];
+    }
+    for (int32_t d = 0; d < layer.dim; d++) output[d] /= sum;
+}
+
+INLINE void attend(const Step& step, const Layer& layer, int32_t num_parts,
+                   const int32_t* token_first, const int32_t* token_rows, int64_t tokens,
+                   float* results, float* output) {
+    static thread_local std::vector<float> scratch;
+    scratch.resize(size_t(2 * layer.dim + 1) * LANES);
+    float* aligned = (float*)((uintptr_t(scratch.data()) + 63) & ~uintptr_t(63));
+#pragma omp for collapse(2) schedule(dynamic, 2)
+    for (int32_t i = 0; i < num_parts; i++)
+        for (int32_t h = 0; h < layer.kv_heads; h++)
+            attend_part(step, layer, step.parts[i], h, results, aligned);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int32_t h = 0; h < layer.heads; h++)
+            merge(token_rows + token_first[t], token_first[t + 1] - token_first[t], layer, h,
+                  results, output + (t * layer.heads + h) * layer.dim);
+}
+
+// New keys and values, [T, H_kv, D] with strides, at their slots.
+INLINE void store(const float* key, int64_t key_token, int64_t key_head, const float* value,
+                  int64_t value_token, int64_t value_head, const int64_t* slots, int64_t tokens,
+                  int32_t kv_heads, int32_t dim, float* keys, float* values) {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const int64_t to = (slots[t] * kv_heads + h) * dim;
+            std::memcpy(keys + to, key + t * key_token + h * key_head, dim * sizeof(float));
+            std::memcpy(values + to, value + t * value_token + h * value_head, dim * sizeof(float));
+        }
+}
+
+}  // namespace

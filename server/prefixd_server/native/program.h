@@ -1,0 +1,148 @@
+// A forward pass as a list of operations, run by one team of threads without going back to Python.
+//
+// An operation reads and writes ranges of columns of row-major buffers, one row a token. The buffers
+// lie in one arena; their places are given for one row and grow with the number of rows.
+
+#pragma once
+
+#include <omp.h>
+
+#include "attention.h"
+#include "gemm.h"
+#include "pointwise.h"
+
+namespace {
+
+enum Kind : int64_t {
+    EMBED, LINEAR, RMS_NORM, LAYER_NORM, ROTATE, ATTEND, ADD, MULTIPLY, SCALE, ACTIVATE, TANH,
+    KEEP
+};
+
+// Columns from `offset` of a buffer `stride` columns wide. `place`: where it begins, in floats a row;
+// LOGITS and NONE stand for what is not in the arena.
+struct Operand {
+    int64_t place, offset, stride;
+};
+constexpr int64_t NONE = -1, LOGITS = -2;
+
+struct Op {
+    int64_t kind;
+    int64_t kept;  // 1: over the rows that are kept for logits, not over all tokens
+    Operand a, b, c, to;
+    int64_t count, size;       // heads and their dimension, or 1 and the number of columns
+    int64_t inner;             // LINEAR: columns of the input
+    const float *weight, *bias;  // ROTATE: cosines and sines [positions, D]
+    int64_t flag;              // LINEAR: add to what is there; EMBED: of positions
+    int64_t layer, kv_heads, window;
+    double first, second;      // the kind's numbers
+};
+
+struct Run {
+    float *arena, *logits;
+    int64_t tokens, kept;
+    const int64_t *token_ids, *positions, *keep;
+    // attention
+    const int64_t* slots;
+    int64_t num_slots;
+    float* const* keys;  // of each layer
+    float* const* values;
+    const Part* parts;
+    const int32_t *pages, *rows, *query_index, *token_first, *token_rows;
+    int64_t num_parts, page_size;
+    float* results;
+};
+
+INLINE float* at(const Operand& operand, const Run& run) {
+    if (operand.place == NONE) return nullptr;
+    if (operand.place == LOGITS) return run.logits;
+    return run.arena + operand.place * run.tokens + operand.offset;
+}
+
+FOR_EACH_CPU
+void add(const float* a, const float* b, int64_t size, float* to) {
+    for (int64_t i = 0; i < size; i++) to[i] = a[i] + b[i];
+}
+
+FOR_EACH_CPU
+void multiply(const float* a, const float* b, int64_t size, float* to) {
+    for (int64_t i = 0; i < size; i++) to[i] = a[i] * b[i];
+}
+
+FOR_EACH_CPU
+void scale(const float* a, float by, int64_t size, float* to) {
+    for (int64_t i = 0; i < size; i++) to[i] = a[i] * by;
+}
+
+INLINE void execute_attention(const Op& op, const Run& run) {
+    store(at(op.b, run), op.b.stride, op.size, at(op.c, run), op.c.stride, op.size, run.slots,
+          run.num_slots, op.kv_heads, op.size, run.keys[op.layer], run.values[op.layer]);
+    const Step step{run.parts, run.pages, run.rows, run.query_index, int32_t(run.page_size)};
+    const Layer layer{at(op.a, run), op.a.stride, op.size, run.keys[op.layer], run.values[op.layer],
+                      int32_t(op.count), int32_t(op.kv_heads), int32_t(op.size), float(op.first),
+                      float(op.second), int32_t(op.window)};
+    attend(step, layer, run.num_parts, run.token_first, run.token_rows, run.tokens, run.results,
+           at(op.to, run));
+}
+
+INLINE void execute_row(const Op& op, const Run& run, int64_t row) {
+    const float* a = at(op.a, run);
+    const float* b = at(op.b, run);
+    if (a) a += row * op.a.stride;
+    if (b) b += row * op.b.stride;
+    float* to = at(op.to, run) + row * op.to.stride;
+    const int64_t columns = op.count * op.size;
+    switch (op.kind) {
+        case EMBED: {
+            const int64_t index = (op.flag ? run.positions : run.token_ids)[row];
+            std::memcpy(to, op.weight + index * columns, columns * sizeof(float));
+            break;
+        }
+        case KEEP:
+            a = at(op.a, run) + run.keep[row] * op.a.stride;
+            std::memcpy(to, a, columns * sizeof(float));
+            break;
+        case RMS_NORM:
+            for (int64_t i = 0; i < columns; i += op.size)
+                normalise(a + i, op.weight, op.first, op.second, op.size, to + i);
+            break;
+        case LAYER_NORM:
+            for (int64_t i = 0; i < columns; i += op.size)
+                centre(a + i, op.weight, op.bias, op.second, op.size, to + i);
+            break;
+        case ROTATE: {
+            const int64_t angles = run.positions[row] * op.size;
+            for (int64_t i = 0; i < columns; i += op.size)
+                rotate(a + i, op.weight + angles, op.bias + angles, op.size, to + i);
+            break;
+        }
+        case ADD: add(a, b, columns, to); break;
+        case MULTIPLY: multiply(a, b, columns, to); break;
+        case SCALE: scale(a, op.first, columns, to); break;
+        case ACTIVATE:
+            activate(a, op.first, op.second, columns, to);
+            if (b) multiply(to, b, columns, to);
+            break;
+        case TANH:
+            for (int64_t i = 0; i < columns; i++) to[i] = std::tanh(a[i]);
+            break;
+    }
+}
+
+// Called by all threads of the team; ends with a barrier.
+INLINE void execute(const Op& op, const Run& run) {
+    const int64_t rows = op.kept ? run.kept : run.tokens;
+    switch (op.kind) {
+        case LINEAR:
+            gemm_in_team(at(op.a, run), op.a.stride, op.weight, op.bias, rows, op.size, op.inner,
+                         at(op.to, run), op.to.stride, op.flag, omp_get_thread_num(),
+                         omp_get_num_threads());
+#pragma omp barrier
+            break;
+        case ATTEND: execute_attention(op, run); break;
+        default:
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++) execute_row(op, run, row);
+    }
+}
+
+}  // namespace
