@@ -81,11 +81,11 @@ def _needed(nodes: Sequence[Node], inputs: dict[str, Tensor], logits: Tensor) ->
     queue = [_storage(logits)]
     while queue:
         storage = queue.pop()
-        index = makers.get(storage)
-        if storage in stops or index is None or index in wanted:
+        maker = makers.get(storage)
+        if storage in stops or maker is None or maker in wanted:
             continue
-        wanted.add(index)
-        queue += map(_storage, _tensors(nodes[index].args))
+        wanted.add(maker)
+        queue += map(_storage, _tensors(nodes[maker].args))
     return [nodes[index] for index in sorted(wanted)]
 
 
