@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,6 +42,8 @@ __all__ = ["LoadedModel", "load_model"]
 log = logging.getLogger(__name__)
 
 _LONGEST_REASON = 300
+_PACKING_ERROR = 1e-4
+"""relative; the same sums in another order stay far below"""
 _DEFAULT_MAX_LEN = 4096
 """where neither the config nor the tokenizer names a longest context"""
 
@@ -108,13 +110,14 @@ def load_model(config: ModelConfig) -> LoadedModel:
     else:
         geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
-    run = None if encoder_decoder else partial(run_packed_step, module)
     program = None
     if dtype == "int8":
-        quantize(module, run)
+        quantize(module, None if encoder_decoder else partial(run_packed_step, module))
     elif config.pack_weights and can_pack(device, loaded_dtype):
-        pack(module, run)
-        if encoder_decoder is None:
+        if encoder_decoder is not None:
+            pack(module)
+        else:
+            _pack(module)
             program = record(module, geometry)
     return LoadedModel(
         module=module,
@@ -133,6 +136,19 @@ def load_model(config: ModelConfig) -> LoadedModel:
         seq2seq=encoder_decoder,
         decoder_rules=DecoderRules.of(module) if encoder_decoder is not None else None,
     )
+
+
+def _pack(module: Any) -> None:
+    """Raises UnsupportedModel if the model is another one afterwards."""
+    expected: list[Tensor] = []
+    pack(module, lambda: expected.append(run_packed_step(module)))
+    packed = run_packed_step(module)
+    error = ((packed - expected[0]).norm() / expected[0].norm()).item()
+    if not error <= _PACKING_ERROR:
+        raise UnsupportedModel(
+            f"{type(module).__name__} gives other logits with packed weights (relative error"
+            f" {error:.2g}); serve it with --no-pack-weights"
+        )
 
 
 def resolve_device(device: str) -> str:

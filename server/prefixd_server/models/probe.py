@@ -91,9 +91,9 @@ def observe_geometry(module: Any, *, num_layers: int) -> Geometry:
 
 
 @torch.inference_mode()
-def run_packed_step(module: Any) -> None:
-    """Run what :func:`observe_geometry` has run, for others to observe."""
-    _run_packed(module, torch.arange(1, sum(_LENGTHS) + 1, device=module.device)[None])
+def run_packed_step(module: Any) -> Tensor:
+    """Run what :func:`observe_geometry` has run, for others to observe; the logits [T, V]."""
+    return _run_packed(module, torch.arange(1, sum(_LENGTHS) + 1, device=module.device)[None])[1]
 
 
 def _run_packed(module: Any, tokens: Tensor) -> tuple[_ObservingPlan, Tensor]:
