@@ -1,0 +1,24 @@
+// Products with frozen weights, y = x W^T, in float32. The layout of packed weights depends on the
+// CPU: they are packed and used in one process.
+#pragma once
+
+#include <cstdint>
+
+namespace prefixd {
+
+struct Product {
+    const float* x;  // [m, k], rows `x_stride` apart
+    int64_t x_stride;
+    const float* packed;
+    const float* bias;  // [n], or null
+    int64_t m, n, k;
+    float* y;  // [m, n], rows `y_stride` apart
+    int64_t y_stride;
+    bool add;  // to what y holds
+};
+
+// One thread's share; each thread of a team calls it. None waits for another: x must be whole before
+// the first begins, and y is whole when the last has returned.
+void gemm_in_team(const Product& product, int thread, int threads);
+
+}  // namespace prefixd
