@@ -310,7 +310,7 @@ def test_without_kernels_the_linear_layers_are_packed_alone(
     monkeypatch.setattr(kernels, "load", lambda: None)
     module = nn.Sequential(nn.Linear(32, 32), norm_of(LlamaRMSNorm, 32))
     pack(module)
-    assert list(kinds(module).values()) == ["_PackedLinear", "LlamaRMSNorm"]
+    assert list(kinds(module).values()) == ["_OneDNNLinear", "LlamaRMSNorm"]
 
 
 @torch.inference_mode()

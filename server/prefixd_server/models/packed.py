@@ -1,8 +1,9 @@
 """Makes the frozen LM's own modules faster on the CPU: the same functions, laid out for their use.
 
-Weights never change here, so each matrix is laid out once as oneDNN wants it (``F.linear`` does so
-in every call), and linear layers that read one input become one product. RMS norms go to a kernel
-of ours where that gives what the module gives; nothing is assumed from a family's name.
+Weights never change here, so each matrix is laid out once for its product (``F.linear`` does that
+in every call), and linear layers that read one input become one product. The product is ours on
+CPUs with AVX2, else oneDNN's. RMS norms go to a kernel of ours where that gives what the module
+gives; nothing is assumed from a family's name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prefixd_server.models import rotary
 from prefixd_server.native import kernels
+from prefixd_server.native.gemm import Gemm
 from prefixd_server.native.kernels import Kernels
 
 __all__ = ["FrozenLayer", "MakeLinear", "can_pack", "pack", "pack_linear"]
@@ -52,7 +54,7 @@ def pack(
     ``run`` runs the module once; what it shows to read one input is joined. The replaced layers
     hold no ``weight`` to train or to save. ``linear`` makes the layers that take their places.
     """
-    linear = linear or PackedLinear
+    linear = linear or _packed_linear
     joined = _joined(module, run) if run is not None else []
     for parent, names in joined:
         layers = [getattr(parent, name) for name in names]
@@ -75,7 +77,7 @@ def pack(
 
 def pack_linear(module: nn.Module) -> nn.Module:
     """The packed layer in place of a linear one; any other module is returned as it is."""
-    return PackedLinear(*_weight_and_bias(module)) if _is_linear(module) else module
+    return _packed_linear(*_weight_and_bias(module)) if _is_linear(module) else module
 
 
 def packed_linears(module: nn.Module) -> Iterator[nn.Module]:
@@ -121,15 +123,37 @@ class FrozenLayer(nn.Module):
         raise NotImplementedError
 
 
+def _packed_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    loaded = kernels.load()
+    if loaded is None or loaded.gemm.isa == "generic":
+        return _OneDNNLinear(weight, bias)
+    return PackedLinear(loaded.gemm, weight, bias)
+
+
 class PackedLinear(FrozenLayer):
+    def __init__(self, gemm: Gemm, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.dtype)
+        self.out_features, self.in_features = weight.shape
+        self.packed = gemm.pack(weight.contiguous())
+        self.bias = bias if bias is None else bias.contiguous()
+        self._linear = gemm.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.packed, self.bias)
+
+
+class _OneDNNLinear(FrozenLayer):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.dtype)
         self.out_features, self.in_features = weight.shape
-        self.packed = weight.contiguous()
-        self.bias = bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+        self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.packed, self.bias)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._packed, self._bias, "none", [], ""
+        )
+        return result
 
 
 class _JoinedLinear:

@@ -133,7 +133,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(module, PackedLinear):
-            self.note(Kind.LINEAR, args, output, weight=module.packed, bias=module.bias)
+            self.note(Kind.LINEAR, args, output, weight=module.packed.data, bias=module.bias)
         elif isinstance(module, RMSNorm):
             numbers = (module.plus, module.epsilon)
             self.note(Kind.RMS_NORM, args, output, weight=module.scale, numbers=numbers)

@@ -1,8 +1,8 @@
-"""Compiles ``kernels.cpp`` where there is a compiler, once a machine: ``python -m
+"""Compiles the C++ of this folder where there is a compiler, once a machine: ``python -m
 prefixd_server.native.build``.
 
-The library is kept in a folder by the hash of its source and flags, and is portable between CPUs of
-one architecture (the source is cloned for each instruction set), so an image can bring it along.
+The library is kept in a folder by the hash of its sources and flags, and is portable between CPUs
+of one architecture (it has its loops for each instruction set), so an image can bring it along.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["CannotBuild", "default_folder", "library"]
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno"]
 _FLAGS += ["-fno-trapping-math", "-Wno-psabi"]
 _TIMEOUT_S = 300
@@ -46,7 +47,7 @@ def library(folder: Path) -> Path:
 
 
 def _digest() -> str:
-    parts = [path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.[ch]*")) if path.is_file()]
+    parts = [path.read_bytes() for path in _SOURCES + _HEADERS]
     parts += [" ".join(_FLAGS).encode(), platform.machine().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -60,7 +61,7 @@ def _compile(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder, path.name)
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+            command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
             # Two servers may start at once: each renames a whole file into place.
             made.replace(path)

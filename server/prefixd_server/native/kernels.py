@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from prefixd_server.native.binding import bind
 from prefixd_server.native.build import CannotBuild, default_folder, library
+from prefixd_server.native.gemm import Gemm
 
 __all__ = ["AttentionParts", "Kernels", "load"]
 
@@ -76,15 +76,16 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         # torch has loaded its libgomp before us, under the same name, so there is one thread pool.
+        self.gemm = Gemm(library)
         tensor = c_void_p
-        self._store = _function(
+        self._store = bind(
             library.prefixd_store,
             [
                 tensor, c_int64, c_int64, tensor, c_int64, c_int64, tensor, c_int64,
                 c_int32, c_int32, tensor, tensor,
             ],
         )  # fmt: skip
-        self._attend = _function(
+        self._attend = bind(
             library.prefixd_attend,
             [
                 tensor, c_int64, c_int64, tensor, tensor, c_int32, c_int32, c_int32,
@@ -92,20 +93,20 @@ class Kernels:
                 tensor, tensor, c_int64, tensor, tensor,
             ],
         )  # fmt: skip
-        self._rms_norm = _function(
+        self._rms_norm = bind(
             library.prefixd_rms_norm,
             [tensor, tensor, c_float, c_float, c_int64, c_int64, tensor],
         )
 
-        self._rotate = _function(
+        self._rotate = bind(
             library.prefixd_rotate,
             [tensor, c_int64, c_int64, tensor, tensor, c_int64, c_int64, c_int64, tensor],
         )
-        self._activate = _function(
+        self._activate = bind(
             library.prefixd_activate,
             [tensor, c_int64, c_float, c_float, c_int64, c_int64, tensor],
         )
-        self._peaks = _function(library.prefixd_peaks, [tensor, c_int64, c_int64, tensor, tensor])
+        self._peaks = bind(library.prefixd_peaks, [tensor, c_int64, c_int64, tensor, tensor])
 
     def store(self, key: Tensor, value: Tensor, slots: int, keys: Tensor, values: Tensor) -> None:
         """Write key and value [T, H_kv, D] to their slots of [num_slots, H_kv, D]; ``slots`` is the
@@ -176,10 +177,3 @@ class Kernels:
             output.data_ptr(),
         )  # fmt: skip
         return output
-
-
-def _function(function: Any, arguments: list[Any]) -> Callable[..., None]:
-    function.argtypes = arguments
-    function.restype = None
-    called: Callable[..., None] = function
-    return called

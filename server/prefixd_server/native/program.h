@@ -133,9 +133,9 @@ INLINE void execute(const Op& op, const Run& run) {
     const int64_t rows = op.kept ? run.kept : run.tokens;
     switch (op.kind) {
         case LINEAR:
-            gemm_in_team(at(op.a, run), op.a.stride, op.weight, op.bias, rows, op.size, op.inner,
-                         at(op.to, run), op.to.stride, op.flag, omp_get_thread_num(),
-                         omp_get_num_threads());
+            prefixd::gemm_in_team({at(op.a, run), op.a.stride, op.weight, op.bias, rows, op.size,
+                                   op.inner, at(op.to, run), op.to.stride, op.flag != 0},
+                                  omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier
             break;
         case ATTEND: execute_attention(op, run); break;
