@@ -148,7 +148,7 @@ def _finish(
     folder: RunFolder,
 ) -> Trained:
     told = provenance(config, trainer.step, trainer.validation)
-    card = model_card(told, data.train.shortest_prompt)
+    card = model_card(told, trainer.prefix.lengths, data.train.shortest_prompt)
     settings = told.pop("settings")
     sha256 = replace_file(
         folder.prefix,

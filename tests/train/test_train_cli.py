@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from prefixd.cli import main
 from prefixd.cli._train import needs_train_extra
 from prefixd_train.options import PANELS, TrainOptions
 from prefixd_train.run_folder import RunFolder
 from tests.support.server import LiveServer
-from tests.train.conftest import ROWS, Write
+from tests.train.conftest import ROWS, Write, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,13 +35,6 @@ def arguments(llama_folder: Path, tmp_path: Path, write: Write) -> list[str]:
         "threads": 1,
     }
     return ["train", *(f"--{name}={value}" for name, value in settings.items())]
-
-
-def run(arguments: list[str]) -> int:
-    try:
-        return main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
 
 
 def test_from_a_file_to_a_task_that_answers(
