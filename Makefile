@@ -33,7 +33,7 @@ demo: setup      ## serve SmolLM2-135M-Instruct with four ready tasks and print 
 serve: setup     ## serve the demo model on an existing store
 	$(BIN)/prefixd serve --model demo --store $(STORE) --host $(HOST) --port $(PORT)
 
-test: setup      ## run every test (installs redis-server and g++ where they are missing and may)
+test: setup      ## run every test (installs redis-server, g++ and WordNet where they are missing and may)
 	sh tests/install_services.sh
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 

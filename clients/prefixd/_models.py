@@ -139,14 +139,23 @@ class StreamEvent(_Answer):
         return self.generated_text is not None
 
 
-class Version(_Answer):
+class _Stored(_Answer):
     task: str
     version: int
     sha256: str
     num_virtual_tokens: int
-    query_offset: int
-    sites: dict[str, list[int]]
+    """The decoder's; of a prefix without that site the encoder's, else the cross-attention's."""
+    sites: dict[str, list[int]] = {}
     """site → ``[L, H_kv, P, D]`` of its key (and value) tensor"""
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """site → P"""
+        return {site: shape[2] for site, shape in self.sites.items()}
+
+
+class Version(_Stored):
+    query_offset: int
     dtype: str
     format: str
     bytes: int
@@ -181,11 +190,7 @@ class TaskPage(_Answer):
     next_cursor: str | None = None
 
 
-class UploadResult(_Answer):
-    task: str
-    version: int
-    sha256: str
-    num_virtual_tokens: int
+class UploadResult(_Stored):
     format: str
     bytes: int
     created_at: datetime

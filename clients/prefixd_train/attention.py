@@ -73,9 +73,9 @@ class AttentionPlan:
         encoder_mask: Tensor | None = None,
         infix_starts: Tensor | None = None,
     ) -> None:
-        """``encoder_mask``: [B, S], true for tokens. ``query_offset``: the position of the first
-        own token behind a prefix. ``infix_starts``: [B], where the decoder's prefix is inserted
-        instead of in front."""
+        """``encoder_mask``: [B, S], true for tokens. ``query_offset``: the file's; unless it is 0,
+        each stream's first own token stands behind that stream's prefix. ``infix_starts``: [B],
+        where the decoder's prefix is inserted instead of in front."""
         # Unbinding once makes the backward one stack of L gradients, not L sums of mostly zeros.
         self._layers = {site: (k.unbind(0), v.unbind(0)) for site, (k, v) in prefix.items()}
         self._lengths: dict[Site, int] = {site: k.shape[2] for site, (k, _) in prefix.items()}
@@ -120,7 +120,7 @@ class AttentionPlan:
 
     def _offset(self, site: Site) -> int:
         """A stream without a prefix begins at 0."""
-        return self._query_offset if site in self._layers else 0
+        return self._lengths.get(site, 0) if self._query_offset else 0
 
     def _own_index(self, num_tokens: int, device: torch.device) -> Tensor:
         """[1 or B, T]: where own tokens stand in the joint sequence of the decoder."""

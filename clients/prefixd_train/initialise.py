@@ -6,7 +6,7 @@ little data (the paper, section 7.4); of a document they are where a cartridge s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -88,8 +88,9 @@ def from_words(lm: FrozenLM, words: str, lengths: Mapping[Site, int]) -> PrefixK
     tokens = lm.tokenizer(words, add_special_tokens=False)["input_ids"]
     if not tokens:
         raise ValueError(f"the words {words!r} have no tokens")
-    length = max(lengths.values())
-    return _only(activations_of_tokens(lm, list(islice(cycle(tokens), length))), lengths)
+    return _at_each_site(
+        lengths, lambda length: activations_of_tokens(lm, list(islice(cycle(tokens), length)))
+    )
 
 
 def from_text(
@@ -111,18 +112,23 @@ def from_tokens(
     ``first``: of its first P tokens, which is the LM with that text in its context. ``even``: of P
     tokens, evenly chosen from all of them after the LM read the whole. A chosen token's position
     must be its place in the prefix, so the text is read with its positions compressed: the tokens
-    up to the next chosen one share its position. Raises ValueError for a text shorter than P.
+    up to the next chosen one share its position. Each site has its own P. Raises ValueError for a
+    text shorter than P.
     """
-    length = max(lengths.values())
-    if len(tokens) < length:
-        raise ValueError(f"the text has {len(tokens)} tokens; the prefix takes {length}")
+    longest = max(lengths.values())
+    if len(tokens) < longest:
+        raise ValueError(f"the text has {len(tokens)} tokens; the prefix takes {longest}")
     if choose == "first":
-        return _only(activations_of_tokens(lm, tokens[:length]), lengths)
+        return _at_each_site(lengths, lambda length: activations_of_tokens(lm, tokens[:length]))
+    return _at_each_site(lengths, lambda length: _evenly_chosen(lm, tokens, length))
+
+
+def _evenly_chosen(lm: FrozenLM, tokens: Sequence[int], length: int) -> PrefixKV:
     chosen = [-(-place * len(tokens) // length) for place in range(length)]
     positions = None
     if not lm.is_encoder_decoder:
         positions = [index * length // len(tokens) for index in range(len(tokens))]
-    found = _only(activations_of_tokens(lm, tokens, positions=positions), lengths)
+    found = activations_of_tokens(lm, tokens, positions=positions)
     return {
         site: (keys[:, :, chosen], values[:, :, chosen]) for site, (keys, values) in found.items()
     }
@@ -148,5 +154,9 @@ def from_prefix_file(lm: FrozenLM, path: Path) -> PrefixKV:
     return {site: (tensor(site, "key"), tensor(site, "value")) for site in prefix.manifest.sites}
 
 
-def _only(kv: PrefixKV, sites: Mapping[Site, int]) -> dict[Site, tuple[Tensor, Tensor]]:
-    return {site: kv[site] for site in sites}
+def _at_each_site(
+    lengths: Mapping[Site, int], activations: Callable[[int], PrefixKV]
+) -> dict[Site, tuple[Tensor, Tensor]]:
+    # What an encoder makes of a token depends on all that it reads, so each length is read alone.
+    found = {length: activations(length) for length in set(lengths.values())}
+    return {site: found[length][site] for site, length in lengths.items()}

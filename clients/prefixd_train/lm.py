@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from prefixd_store import InvalidRequest, fingerprint_folder
+from prefixd_store import InvalidRequest, fingerprint_folder, leading_length
 from prefixd_train import attention
 from prefixd_train.demo import DEMO_NAME, demo_model_folder
 from prefixd_train.probe import UnsupportedModel, assign_roles, observe_shapes
@@ -68,11 +68,11 @@ class FrozenLM:
         return digest.hexdigest()
 
     def query_offset(self, lengths: Mapping[Site, int]) -> int:
-        """The position of the first own token behind a prefix with P tokens at these sites: P, but
-        0 where one goes to an encoder with absolute positions, which begin at 0."""
+        """What a file says of a prefix with P tokens at these sites: that each stream begins behind
+        its own, or 0 where one goes to an encoder with absolute positions, which begin at 0."""
         if "encoder" in lengths and not self.has_relative_positions:
             return 0
-        return max(lengths.values(), default=0)
+        return leading_length(lengths)
 
 
 def load_lm(

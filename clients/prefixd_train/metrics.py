@@ -8,7 +8,6 @@ is written out here, because nltk's gives only the final figure; it is tested ag
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from nltk.corpus.reader.wordnet import WordNetCorpusReader
-from nltk.corpus.util import LazyCorpusLoader
 from nltk.translate.meteor_score import meteor_score
 from nltk.translate.nist_score import nist_length_penalty
 from numpy.typing import NDArray
@@ -24,6 +22,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+from prefixd_train.wordnet import HOW_TO_GET_IT, load_wordnet
 
 __all__ = ["Metric", "make_metrics"]
 
@@ -209,18 +209,7 @@ def make_metrics(*, lowercase: bool = False) -> tuple[list[Metric], list[str]]:
         *map(_Rouge, ("1", "2", "L")),
         _Nist(),
     ]
-    wordnet = _load_wordnet()
+    wordnet = load_wordnet()
     if wordnet is None:
-        return metrics, ["METEOR needs WordNet: python -m nltk.downloader wordnet"]
+        return metrics, [f"METEOR needs WordNet: {HOW_TO_GET_IT}"]
     return [*metrics, _Meteor(wordnet)], []
-
-
-def _load_wordnet() -> WordNetCorpusReader | None:
-    # nltk's own instance needs a second corpus for other languages than English.
-    wordnet = LazyCorpusLoader("wordnet", WordNetCorpusReader, omw_reader=None)
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            wordnet.ensure_loaded()
-        except LookupError:
-            return None
-    return wordnet

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +19,7 @@ __all__ = ["PANELS", "TrainOptions"]
 DEFAULT_LR = {"direct": 1e-2, "mlp": 5e-4, "mlp-deep": 5e-4}
 """by parameterisation; an MLP moves every virtual token with each weight, so it takes less"""
 
+_MAX_LENGTH = 65536
 _MAX_TEXT = 400
 
 # What may differ when a run is resumed: it does not change what is trained.
@@ -71,8 +73,12 @@ class TrainOptions(BaseModel):
     )
     too_long: Literal["error", "skip"] = Field("error", description="what to do about longer rows")
 
-    num_virtual_tokens: int = Field(20, ge=1, le=65536, description="length of the prefix, P")
-    sites: str = Field("all", description="where it goes: all, or some of decoder,encoder,cross")
+    num_virtual_tokens: int = Field(20, ge=1, le=_MAX_LENGTH, description="length of the prefix, P")
+    sites: str = Field(
+        "all",
+        description="where it goes: all, or some of decoder,encoder,cross; cross=5 has a length"
+        " of its own",
+    )
     parameterisation: Literal["direct", "mlp", "mlp-deep"] = Field(
         "direct", description="train keys and values themselves, or an MLP that gives them"
     )
@@ -140,6 +146,12 @@ class TrainOptions(BaseModel):
             PromptTemplate(text)
         return text
 
+    @field_validator("sites")
+    @classmethod
+    def _sites(cls, text: str) -> str:
+        _lengths(text, default=1)
+        return text
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         self._check_method()
@@ -174,6 +186,11 @@ class TrainOptions(BaseModel):
             raise ValueError("method distill needs one of questions and self_generate")
 
     @property
+    def asked_lengths(self) -> dict[str, int]:
+        """P of each name in ``sites``, which may be ``all`` and may be none of the LM's."""
+        return _lengths(self.sites, default=self.num_virtual_tokens)
+
+    @property
     def num_frozen(self) -> int:
         """A cartridge's first token is frozen: attention rests there, and training it alone is
         unstable (arXiv 2506.06266, section 3.2)."""
@@ -194,6 +211,19 @@ class TrainOptions(BaseModel):
         text is cut, and named by its digest."""
         values = self.model_dump(mode="json", exclude=_FREE)
         return {name: _cut(value) for name, value in values.items()}
+
+
+def _lengths(sites: str, default: int) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for part in sites.split(","):
+        name, has_length, length = part.partition("=")
+        if name in found:
+            raise ValueError(f"{name} is named twice")
+        number = int(length) if re.fullmatch(r"[0-9]{1,5}", length) else 0
+        if has_length and not 1 <= number <= _MAX_LENGTH:
+            raise ValueError(f"the length of {name} is {length!r}; it must be 1 to {_MAX_LENGTH}")
+        found[name] = number if has_length else default
+    return found
 
 
 def _cut(value: Any) -> Any:

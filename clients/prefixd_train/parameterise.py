@@ -177,8 +177,8 @@ def make_prefix(
     frozen_first: int = 0,
 ) -> PrefixParameters:
     """``hidden``: the width of P'; ``middle``: of the MLP. ``frozen_first``: that many first tokens
-    keep the values of ``set_kv`` (Cartridges). All lengths are equal, as a file has one P. Random
-    values come from torch's global generator. Raises ValueError."""
+    of each site keep the values of ``set_kv`` (Cartridges). Random values come from torch's global
+    generator. Raises ValueError."""
     _check(shapes, lengths, dropout, frozen_first)
     ordered = {site: lengths[site] for site in SITES if site in lengths}
     if parameterisation == "direct":
@@ -206,11 +206,9 @@ def _check(
     unknown = lengths.keys() - shapes.keys()
     if unknown or not lengths:
         raise ValueError(f"sites are {_names(lengths)}; this LM has {_names(shapes)}")
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"lengths are {dict(lengths)}; a prefix file has one for all its sites")
-    length = min(lengths.values())
-    if not 0 <= frozen_first < length:
-        raise ValueError(f"frozen_first is {frozen_first} of {length} virtual tokens")
+    for site, length in lengths.items():
+        if not 0 <= frozen_first < length:
+            raise ValueError(f"frozen_first is {frozen_first} of {length} virtual tokens at {site}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
 

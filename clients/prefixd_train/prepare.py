@@ -91,8 +91,7 @@ def _room(
     first = lm.query_offset(lengths) if "decoder" in lengths else 0
     if lm.max_positions - first < 2:
         raise TrainError(
-            f"{options.num_virtual_tokens} virtual tokens leave no room: {lm.name} has"
-            f" {lm.max_positions} positions"
+            f"{first} virtual tokens leave no room: {lm.name} has {lm.max_positions} positions"
         )
     asked = options.max_length or lm.max_positions
     source = min(asked, lm.max_positions) if lm.is_encoder_decoder else None

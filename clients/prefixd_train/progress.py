@@ -21,7 +21,7 @@ from rich.progress import (
 
 from prefixd_train.errors import TrainError
 
-__all__ = ["Log", "Reporter", "tensorboard_log"]
+__all__ = ["Log", "Reporter", "check_tensorboard", "tensorboard_log"]
 
 Log = Callable[[Mapping[str, Any]], None]
 """Gets a line of metrics: ``step`` and numbers."""
@@ -128,12 +128,18 @@ class Reporter:
             self.note(text)
 
 
-def tensorboard_log(folder: Path) -> Log:
-    """Writes TensorBoard's event files. Raises TrainError where it is not installed."""
+def check_tensorboard() -> None:
+    """Raises TrainError where it is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ModuleNotFoundError as error:
         raise TrainError("tensorboard is not installed: pip install tensorboard") from error
+
+
+def tensorboard_log(folder: Path) -> Log:
+    """Writes TensorBoard's event files."""
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(folder))
 
     def log(line: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from prefixd_store import InvalidPrefix
 from prefixd_train.data import Examples
 from prefixd_train.errors import TrainError
 from prefixd_train.initialise import (
-    activations_of_tokens,
     from_prefix_file,
     from_text,
     from_tokens,
@@ -25,13 +24,13 @@ __all__ = ["prefix_lengths", "start_prefix"]
 
 def prefix_lengths(options: TrainOptions, lm: FrozenLM) -> dict[Site, int]:
     """P at each site that the prefix goes to. Raises TrainError for one that the LM lacks."""
-    asked = options.sites.split(",")
+    asked = options.asked_lengths
     known = [*lm.shapes, "all"]
     unknown = [site for site in asked if site not in known]
     if unknown:
         raise TrainError(f"sites {unknown[0]!r}: {lm.name} has {', '.join(known)}")
-    sites = [site for site in lm.shapes if site in asked or "all" in asked]
-    return dict.fromkeys(sites, options.num_virtual_tokens)
+    lengths = {site: asked.get(site, asked.get("all")) for site in lm.shapes}
+    return {site: length for site, length in lengths.items() if length is not None}
 
 
 def start_prefix(
@@ -88,5 +87,4 @@ def _first_values(
 def _from_examples(lm: FrozenLM, lengths: Mapping[Site, int], train: Examples) -> PrefixKV:
     """What the LM keeps of the first examples, one after the other: as if it were shown some."""
     tokens = chain.from_iterable(chain(*train[index]) for index in cycle(range(len(train))))
-    found = activations_of_tokens(lm, list(islice(tokens, max(lengths.values()))))
-    return {site: found[site] for site in lengths}
+    return from_tokens(lm, list(islice(tokens, max(lengths.values()))), lengths)

@@ -23,7 +23,7 @@ from prefixd_train.objective import Objective, negative_log_likelihood
 from prefixd_train.options import TrainOptions
 from prefixd_train.parameterise import PrefixParameters
 from prefixd_train.prepare import Data, check_server, make_accelerator, read_data, run_config
-from prefixd_train.progress import Log, Reporter, tensorboard_log
+from prefixd_train.progress import Log, Reporter, check_tensorboard, tensorboard_log
 from prefixd_train.recompute import recompute_layers
 from prefixd_train.run_folder import RunFolder
 from prefixd_train.save import save_prefix
@@ -67,6 +67,8 @@ def train(
 def _train(
     options: TrainOptions, folder: RunFolder, objective: Objective, console: Console | None
 ) -> Trained | None:
+    if options.tensorboard:
+        check_tensorboard()
     accelerator = make_accelerator(options)
     lm = load_lm(options.model, dtype=options.dtype, device=str(accelerator.device))
     if options.push is not None:
@@ -148,7 +150,7 @@ def _finish(
     folder: RunFolder,
 ) -> Trained:
     told = provenance(config, trainer.step, trainer.validation)
-    card = model_card(told, data.train.shortest_prompt)
+    card = model_card(told, trainer.prefix.lengths, data.train.shortest_prompt)
     settings = told.pop("settings")
     sha256 = replace_file(
         folder.prefix,

@@ -25,6 +25,7 @@ from prefixd_store.manifest import (
     PrefixManifest,
     Shape,
     check_size,
+    leading_length,
     manifest_of,
 )
 from prefixd_store.tensorfile import (
@@ -40,6 +41,7 @@ __all__ = [
     "Prefix",
     "PrefixManifest",
     "Shape",
+    "leading_length",
     "parse_prefix",
     "read_manifest",
     "validate_file",
@@ -117,14 +119,19 @@ def write_prefix(
 ) -> str:
     """Write a prefix and return the file's SHA-256; the same arguments give the same bytes.
 
-    ``tensors`` may be strided views ([L, H_kv, P, D] each); one layer is copied at a time. Raises
-    :class:`InvalidPrefix` for whatever :func:`validate_file` would refuse, leaving no file.
+    ``tensors`` may be strided views ([L, H_kv, P, D] each, P the site's own); one layer is copied
+    at a time. ``query_offset`` is 0 or the :func:`leading_length`. Raises :class:`InvalidPrefix`
+    for whatever :func:`validate_file` would refuse, leaving no file.
     """
-    shape = next(iter(tensors.values())).shape if tensors else ()
+    lengths = {
+        TENSOR_SITES[name]: array.shape[2]
+        for name, array in tensors.items()
+        if name in TENSOR_SITES and len(array.shape) == 4
+    }
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "num_virtual_tokens": str(shape[2] if len(shape) == 4 else 0),
+        "num_virtual_tokens": str(leading_length(lengths)),
         "query_offset": str(query_offset),
         "source_format": source_format,
         "provenance": strict_json.dumps(dict(provenance or {})),

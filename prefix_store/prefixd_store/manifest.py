@@ -16,7 +16,15 @@ from prefixd_store.errors import InvalidPrefix, TooLarge
 from prefixd_store.records import Site, VersionRecord
 from prefixd_store.tensorfile import TAGS, TensorFile, TensorSpec
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "Limits", "PrefixManifest", "Shape", "manifest_of"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "Limits",
+    "PrefixManifest",
+    "Shape",
+    "leading_length",
+    "manifest_of",
+]
 
 FORMAT = "prefixd"
 FORMAT_VERSION = "1"
@@ -40,6 +48,7 @@ class Limits:
     max_bytes: int = 2 << 30
     max_header_bytes: int = 1 << 20
     max_virtual_tokens: int = 131_072
+    """at each site"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,9 @@ class PrefixManifest:
     sites: dict[Site, Shape]
     dtype: DType
     num_virtual_tokens: int
+    """:func:`leading_length` of the sites"""
     query_offset: int
+    """0, or ``num_virtual_tokens``: each stream begins behind the prefix that it has"""
     base_fingerprint: str | None = None
     base_model: str | None = None
     source_format: str = FORMAT
@@ -71,6 +82,12 @@ class PrefixManifest:
             base_model=self.base_model,
             provenance=self.provenance,
         )
+
+
+def leading_length(lengths: Mapping[Site, int]) -> int:
+    """The one P that stands for a prefix of several lengths: the decoder's, or without one the
+    encoder's, or else cross-attention's; 0 of no site."""
+    return next((lengths[site] for site in get_args(Site) if site in lengths), 0)
 
 
 def check_size(size: int, limits: Limits) -> None:
@@ -147,8 +164,15 @@ def _pair(site: Site, shapes: Mapping[str, Shape]) -> Shape:
     if key is None or value is None:
         missing = "key" if key is None else "value"
         raise InvalidPrefix(f"{site}.{missing} is missing", param=f"{site}.{missing}")
+    if key[2] != value[2]:
+        raise InvalidPrefix(
+            f"{site}.key has {key[2]} virtual tokens but {site}.value has {value[2]}",
+            param=f"{site}.value",
+        )
     if key != value:
-        raise InvalidPrefix(f"{site}.key is {list(key)} but {site}.value is {list(value)}")
+        raise InvalidPrefix(
+            f"{site}.key is {list(key)} but {site}.value is {list(value)}", param=f"{site}.value"
+        )
     return key
 
 
@@ -156,17 +180,19 @@ def _num_virtual_tokens(
     metadata: Mapping[str, str], sites: Mapping[Site, Shape], limits: Limits
 ) -> int:
     said = _count(metadata, "num_virtual_tokens")
-    for site, shape in sites.items():
-        if shape[2] != said:
-            raise InvalidPrefix(
-                f"metadata num_virtual_tokens is {said} but {site} tensors are {list(shape)}",
-                param="num_virtual_tokens",
-            )
-    if said > limits.max_virtual_tokens:
+    leading = next(site for site in get_args(Site) if site in sites)
+    if sites[leading][2] != said:
         raise InvalidPrefix(
-            f"{said} virtual tokens, at most {limits.max_virtual_tokens} allowed",
+            f"metadata num_virtual_tokens is {said} but {leading} tensors are "
+            f"{list(sites[leading])}",
             param="num_virtual_tokens",
         )
+    for site, (_, _, tokens, _) in sites.items():
+        if tokens > limits.max_virtual_tokens:
+            raise InvalidPrefix(
+                f"{site}: {tokens} virtual tokens, at most {limits.max_virtual_tokens} allowed",
+                param="num_virtual_tokens",
+            )
     return said
 
 

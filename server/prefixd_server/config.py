@@ -68,7 +68,7 @@ class SchedulerConfig(_Section):
 class LimitsConfig(_Section):
     max_body_bytes: int = Field(4 * MiB, ge=1, description="largest JSON body")
     max_upload_bytes: int = Field(2 * GiB, ge=1, description="largest prefix upload")
-    max_virtual_tokens: int = Field(65536, ge=1, description="longest prefix")
+    max_virtual_tokens: int = Field(65536, ge=1, description="longest prefix, at each site")
     max_tasks_per_tenant: int = Field(100_000, ge=1, description="tasks a tenant may have")
     max_versions_per_task: int = Field(1000, ge=1, description="versions a task may have")
     request_timeout_s: float = Field(600.0, gt=0, description="longest a request may take")

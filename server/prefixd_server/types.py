@@ -37,7 +37,8 @@ class PrefixKey(NamedTuple):
 
 
 class SiteLengths(NamedTuple):
-    """Virtual tokens of a prefix by where they go; only an encoder-decoder has the last two."""
+    """Virtual tokens of a prefix by where they go; only an encoder-decoder has the last two, and
+    each its own number."""
 
     decoder: int = 0
     encoder: int = 0
@@ -56,7 +57,9 @@ class PrefixVersion:
     version: int
     sha256: str
     num_virtual_tokens: int
+    """the decoder's, or those of the first other site that it has"""
     query_offset: int
+    """0, or ``num_virtual_tokens``: each stream begins behind the prefix that it has"""
     starts_sequence: bool = False
     """the prefix was compiled from text and already holds the tokenizer's leading special tokens"""
     sites: SiteLengths = _NOT_GIVEN
@@ -73,11 +76,11 @@ class PrefixVersion:
     @property
     def decoder_offset(self) -> int:
         """The position of the first prompt token; a stream without a prefix begins at 0."""
-        return self.query_offset if self.sites.decoder else 0
+        return self.sites.decoder if self.query_offset else 0
 
     @property
     def encoder_offset(self) -> int:
-        return self.query_offset if self.sites.encoder else 0
+        return self.sites.encoder if self.query_offset else 0
 
 
 class PrefixState(enum.StrEnum):

@@ -37,6 +37,8 @@ lengths = st.lists(
     st.tuples(st.sampled_from([0, 1, 5, 11]), st.integers(1, 9)), min_size=1, max_size=4
 )
 """of each sequence: virtual tokens, own tokens"""
+NUM_PAGES = 4 * (11 + 9 + 3)
+"""room for the longest of them and their queries, a token a page"""
 
 
 class Memory:
@@ -48,14 +50,14 @@ class Memory:
             num_layers=2,
             num_kv_heads=HEADS,
             head_dim=DIM,
-            num_pages=60,
+            num_pages=NUM_PAGES,
             page_size=page_size,
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
         for tensor in self.pool.keys + self.pool.values:
             tensor.fill_(math.nan)
-        self._free = torch.randperm(60, generator=self.generator).tolist()
+        self._free = torch.randperm(NUM_PAGES, generator=self.generator).tolist()
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -207,7 +209,11 @@ def test_decoders_with_a_relative_bias(
 def test_a_row_with_nan_spoils_no_other() -> None:
     memory = Memory(4, seed=0)
     pages, *_ = memory.stored(5)
-    rows: Sequence[EncoderRow] = [EncoderRow(3, pages, 5), EncoderRow(6), EncoderRow(2, [59], 2)]
+    rows: Sequence[EncoderRow] = [
+        EncoderRow(3, pages, 5),
+        EncoderRow(6),
+        EncoderRow(2, [NUM_PAGES - 1], 2),
+    ]
     query, key, value = memory.normal(3, 3, HEADS, 6, DIM)
     memory.pool.keys[LAYER][-4:] = math.nan
     output = EncoderPlan(memory.pool, rows).attend(LAYER, query, key, value, options(BIAS))

@@ -179,3 +179,54 @@ def test_the_learning_rate_is_the_best_of_those_tried(quality: SimpleNamespace) 
     assert jobs.chosen_lr(jobs.Job("peft-lora"), tried) == 3e-3
     assert jobs.chosen_lr(jobs.Job("peft-lora", lr=1e-4), tried) == 1e-4
     assert jobs.chosen_lr(jobs.Job("peft-ia3"), tried) == jobs.LEARNING_RATES["peft-ia3"][0]
+
+
+def test_a_cartridge_is_measured_against_the_document(
+    quality: SimpleNamespace,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The figures of a cut document are those of transformers that reads it as text."""
+    document, questions, out = tmp_path / "a.txt", tmp_path / "q.jsonl", tmp_path / "out"
+    document.write_text("The Harbour Library opens at nine. A late book costs ten cents a day.\n")
+    questions.write_text('{"source": "When?"}\n{"source": "What does it cost?"}\n')
+    size = quality.cartridge.Size((4,), 6, 2, None, 2, chunk_tokens=8, answer_tokens=3)
+    monkeypatch.setitem(quality.cartridge.SIZES, "smoke", size)
+    places = [f"--model={model}", f"--document={document}", f"--questions={questions}"]
+    monkeypatch.setattr(sys, "argv", ["cartridge.py", *places, f"--out={out}", "--threads=1"])
+    quality.cartridge.main()
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    contexts = {line["context"]: line for line in lines}
+    assert list(contexts) == [
+        "nothing",
+        "first 4 tokens",
+        "4 tokens of all",
+        "cartridge of 4",
+        "the document",
+    ]
+    assert contexts["cartridge of 4"]["train_questions"] == 4
+    assert contexts["the document"]["held_out"]["written"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert capsys.readouterr().out == (out / "report.md").read_text()
+
+    base = quality.methods.Base(str(model), "cpu")
+    tokens = base.tokenizer(document.read_text()).input_ids
+    rows = [json.loads(line) for line in (out / "written" / "examples.jsonl").open()]
+
+    def logprobs(context: list[int], row: dict[str, Any]) -> torch.Tensor:
+        ids = torch.tensor([[*context, *row["source"], *row["target"]]])
+        return base.module(ids).logits[0, -len(row["target"]) - 1 : -1].log_softmax(-1)
+
+    for name, context in (("nothing", []), ("first 4 tokens", tokens[:4])):
+        pairs = [(logprobs(tokens, row), logprobs(context, row), row["target"]) for row in rows]
+        whole, cut = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
+        targets = torch.tensor([token for *_, target in pairs for token in target])
+        found = contexts[name]["held_out"]["written"]
+        kl = F.kl_div(cut, whole, reduction="sum", log_target=True) / len(targets)
+        assert found["tokens"] == len(targets)
+        assert found["kl"] == pytest.approx(kl.item(), rel=1e-3)
+        assert found["kl_low"] <= found["kl"] <= found["kl_high"]
+        assert found["perplexity"] == pytest.approx(F.nll_loss(cut, targets).exp().item(), rel=1e-4)
+        same = (whole.argmax(1) == cut.argmax(1)).float().mean()
+        assert found["same_token"] == pytest.approx(same.item())

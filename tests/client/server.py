@@ -95,6 +95,7 @@ class Server:
         self.tasks: dict[str, dict[str, Any]] = {}
         self.blobs: dict[str, bytes] = {}
         self.zip: bytes | None = None
+        self.sites = {"decoder": [30, 3, 20, 64]}
         self.ready = "ready"
         self.disconnected = threading.Event()
 
@@ -112,8 +113,9 @@ class Server:
 
     def upload_answer(self, task: str, number: int) -> dict[str, Any]:
         version = self.version(task, number)
-        keys = ("task", "version", "sha256", "num_virtual_tokens", "format", "bytes", "created_at")
-        return {key: version[key] for key in keys} | {"active": version["weight"] > 0}
+        keys = ("task", "version", "sha256", "num_virtual_tokens", "sites", "format", "bytes")
+        told = {key: version[key] for key in (*keys, "created_at")}
+        return told | {"active": version["weight"] > 0}
 
     def version(self, task: str, number: int) -> dict[str, Any]:
         record = self.tasks[task]
@@ -124,7 +126,7 @@ class Server:
             "sha256": sha256,
             "num_virtual_tokens": 20,
             "query_offset": 20,
-            "sites": {"decoder": [30, 3, 20, 64]},
+            "sites": self.sites,
             "dtype": "float32",
             "format": "peft/prefix_tuning",
             "bytes": len(self.blobs[sha256]),

@@ -49,6 +49,15 @@ def test_push(cli: Cli, server: Server, folder: Path) -> None:
     assert cli("push", "e2e", str(folder), "--create-only").code == 1
 
 
+def test_a_length_for_each_site_is_told(cli: Cli, server: Server, folder: Path) -> None:
+    server.sites = {"cross": [30, 3, 21, 64], "decoder": [30, 3, 20, 64]}
+    assert "(active): 21 cross, 20 decoder virtual tokens, " in cli("push", "e2e", str(folder)).out
+    for command in (["tasks"], ["show", "e2e"]):
+        assert "21 cross, 20 decoder" in " ".join(cli(*command).out.split())
+    server.sites["cross"] = [30, 3, 20, 64]
+    assert "(active): 20 virtual tokens, " in cli("push", "e2e", str(folder)).out
+
+
 def test_push_nothing(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     ran = cli("push", "e2e", str(tmp_path))

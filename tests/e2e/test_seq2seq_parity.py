@@ -38,8 +38,15 @@ SITES = {
     "cross": ("cross",),
     "all": ("encoder", "decoder", "cross"),
 }
+SEVERAL = {
+    "several": {"encoder": 7, "decoder": 3, "cross": 21},
+    "others": {"encoder": 40, "decoder": 130, "cross": 1},
+    "two": {"encoder": 16, "cross": 33},
+}
+BEHIND = "behind"
+"""several lengths, and each side of a T5 begins at its own"""
 TEXT_LENGTHS = (1, 2, 7, 16, 17, 33, 150)
-LONG_TASKS = (None, "all20", "decoder1", "cross20", None, "all20", "encoder20")
+LONG_TASKS = (None, "all20", "decoder1", "cross20", None, "all20", "encoder20", "several")
 TOLERANCE = 1e-4
 
 
@@ -55,7 +62,8 @@ class Case:
 
 @dataclass(frozen=True)
 class World:
-    """One model, a prefix for each of 4 sets of sites and 3 lengths, and what requests must get."""
+    """One model, a prefix for each of 4 sets of sites and 3 lengths, some with a length for each
+    site, and what requests must get."""
 
     model: LoadedModel
     prefixes: dict[str, Prefix]
@@ -74,12 +82,16 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for i, (name, sites) in enumerate(SITES.items())
         for length in LENGTHS
     }
+    prefixes |= {name: random_prefix(reference.model, SEVERAL[name], seed=9) for name in SEVERAL}
+    if family in ("t5", "mt5"):
+        prefixes[BEHIND] = prefixes["several"]
     rng = random.Random(family)
 
     def case(request_id: str, task: str | None, text_length: int, count: int) -> Case:
         text = [rng.randrange(10, 40_000) for _ in range(text_length)]
         prefix = prefixes[task] if task else {}
-        return Case(request_id, task, text, count, *reference.generate(prefix, text, count))
+        expected = reference.generate(prefix, text, count, behind=task == BEHIND)
+        return Case(request_id, task, text, count, *expected)
 
     mixed = [
         # One token alone is the first and the last: what is forced at the end wins.
@@ -92,7 +104,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def publish_all(run: EngineRun, world: World, scratch: Path) -> None:
     for task, prefix in world.prefixes.items():
-        publish(run, task, prefix, scratch)
+        offset = SEVERAL["several"]["decoder"] if task == BEHIND else 0
+        publish(run, task, prefix, scratch, query_offset=offset)
 
 
 def assert_as_expected(run: EngineRun, cases: Sequence[Case]) -> None:
@@ -128,7 +141,9 @@ def test_a_mixed_batch_equals_each_alone(
         # Each prefix is there once, its sites in pages of their own.
         held = sum(len(pages) for pages in run.server.residency.owned_pages())
         assert held == sum(
-            len(sites) * pages_for(length, 16) for sites in SITES.values() for length in LENGTHS
+            pages_for(keys.shape[2], 16)
+            for prefix in world.prefixes.values()
+            for keys, _ in prefix.values()
         )
 
 

@@ -18,6 +18,7 @@ from tests.support.threads import one_thread
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+LENGTHS = {"decoder": 3, "encoder": 7, "cross": 21}
 TEXT = "name : Blue Spice | Type : coffee shop"
 
 
@@ -34,7 +35,7 @@ def live(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
 
 def prefix_file(folder: Path, path: Path, *, query_offset: int = 0) -> Path:
     model = Seq2SeqReference(folder).model
-    prefix = random_prefix(model, {"decoder": 7, "encoder": 7, "cross": 7}, seed=1)
+    prefix = random_prefix(model, LENGTHS, seed=1)
     tensors = {
         f"{site}.{part}": PrefixArray.of(np.ascontiguousarray(tensor.numpy()))
         for site, pair in prefix.items()
@@ -47,10 +48,14 @@ def prefix_file(folder: Path, path: Path, *, query_offset: int = 0) -> Path:
 def test_the_text_is_the_decoders_alone(folder: Path, live: LiveServer, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = Seq2SeqReference(folder)
-    prefix = random_prefix(reference.model, {"decoder": 7, "encoder": 7, "cross": 7}, seed=1)
+    prefix = random_prefix(reference.model, LENGTHS, seed=1)
     text = tokenizer(TEXT)["input_ids"]
     with live.client() as client:
-        client.push("e2e", prefix_file(folder, tmp_path / "p.safetensors"))
+        file = prefix_file(folder, tmp_path / "p.safetensors")
+        pushed = client.push("e2e", file)
+        assert (pushed.num_virtual_tokens, pushed.lengths) == (3, LENGTHS)
+        assert client.version("e2e", 1).lengths == LENGTHS
+        assert client.pull("e2e", tmp_path / "q").read_bytes() == file.read_bytes()
         for task, used in (("base", {}), ("e2e", prefix)):
             tokens, _ = reference.generate(used, text, 12)
             expected = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -60,7 +65,7 @@ def test_the_text_is_the_decoders_alone(folder: Path, live: LiveServer, tmp_path
                 assert "".join(event.text for event in events if event.text) == expected
             assert answer.usage is not None
             assert answer.usage.prompt_tokens == len(text)
-            assert answer.usage.prefix_tokens == (7 if used else 0)
+            assert answer.usage.prefix_tokens == (3 if used else 0)
             assert answer.usage.completion_tokens == len(tokens)
 
 
@@ -90,7 +95,7 @@ def test_log_probabilities_of_the_prompt_are_refused(live: LiveServer) -> None:
 def test_an_encoder_prefix_cannot_shift_absolute_positions(
     folder: Path, live: LiveServer, tmp_path: Path
 ) -> None:
-    file = prefix_file(folder, tmp_path / "p.safetensors", query_offset=7)
+    file = prefix_file(folder, tmp_path / "p.safetensors", query_offset=3)
     with live.client() as client, pytest.raises(InvalidValueError, match="begin at 0") as caught:
         client.push("shifted", file)
     assert caught.value.param == "query_offset"

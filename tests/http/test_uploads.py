@@ -47,6 +47,7 @@ def test_octets(client: httpx.Client, prefix: bytes) -> None:
         "version": 1,
         "sha256": hashlib.sha256(prefix).hexdigest(),
         "num_virtual_tokens": 5,
+        "sites": {"decoder": [3, 2, 5, 16]},
         "format": "prefixd",
         "bytes": len(prefix),
         "active": True,

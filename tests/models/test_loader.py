@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from transformers import AutoModelForCausalLM, GPTJConfig, ViTConfig
 
 from prefixd_server.config import ModelConfig
 from prefixd_server.errors import UnsupportedModel
-from prefixd_server.models import demo
 from prefixd_server.models.loader import LoadedModel, load_model, resolve_device
 from tests.support.models import tiny_model_folder
 from tests.support.threads import one_thread
@@ -159,60 +156,3 @@ def test_cuda_where_there_is_none() -> None:
     assert resolve_device("auto") == "cpu"
     with pytest.raises(UnsupportedModel, match="--device cuda"):
         resolve_device("cuda")
-
-
-# --- the demo's conversion ------------------------------------------------------------------------
-
-
-class Conversion:
-    """In place of reading the GGUF, which takes long: writes a folder, or fails half way."""
-
-    def __init__(self, parties: int = 1, *, fail: bool = False) -> None:
-        self.together = Barrier(parties)
-        self.fail = fail
-        self.count = 0
-
-    def __call__(self, gguf: Path, target: Path) -> None:
-        self.count += 1
-        target.mkdir()
-        (target / "weights").write_text("whole")
-        self.together.wait(60)  # all have begun before any ends
-        if self.fail:
-            raise RuntimeError("no space left")
-        (target / "config.json").write_text("{}")
-
-
-@pytest.fixture
-def packaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_packaged_gguf", lambda: Path("demo.gguf"))
-
-
-@pytest.mark.usefixtures("packaged")
-def test_two_first_starts_at_once_both_get_the_whole_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    conversion = Conversion(parties=2)
-    monkeypatch.setattr(demo, "_convert", conversion)
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(demo.demo_model_folder, [tmp_path, tmp_path])
-    assert first == second
-    assert sorted(path.name for path in first.iterdir()) == ["config.json", "weights"]
-    assert [path.name for path in first.parent.iterdir()] == [first.name], "scratch was left"
-    assert demo.demo_model_folder(tmp_path) == first
-    assert conversion.count == 2
-
-
-@pytest.mark.usefixtures("packaged")
-def test_a_conversion_that_fails_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo, "_convert", Conversion(fail=True))
-    with pytest.raises(RuntimeError, match="no space"):
-        demo.demo_model_folder(tmp_path)
-    assert list((tmp_path / "models").iterdir()) == []
-
-
-def test_the_demo_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UnsupportedModel, match=r"prefixd\[demo\]"):
-        load("demo", cache_dir=str(tmp_path))

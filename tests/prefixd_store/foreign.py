@@ -9,6 +9,7 @@ from __future__ import annotations
 import configparser
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,10 @@ def paper_gpt2(folder: Path, kind: str = "mlp", *, tokens: int = 5, **config: An
 class PaperBART(nn.Module):
     """The parameters of ``PrefixTuning`` in the paper's seq2seq/prefixTuning.py."""
 
-    def __init__(self, tokens: int, deep: bool, sites: tuple[str, ...]) -> None:
+    def __init__(self, lengths: Mapping[str, int], deep: bool) -> None:
         super().__init__()
         layers = BART.num_layers
-        for site in sites:
+        for site, tokens in lengths.items():
             suffix = {"decoder": "", "cross": "2", "encoder": "_enc"}[site]
             setattr(self, f"wte{suffix}", nn.Embedding(tokens, WIDTH))
             setattr(self, f"control_trans{suffix}", mlp(layers, deep=deep))
@@ -146,15 +147,19 @@ def paper_bart(
     tokens: int = 5,
     deep: bool = False,
     sites: tuple[str, ...] = ("decoder", "cross", "encoder"),
+    lengths: Mapping[str, int] | None = None,
     **config: Any,
 ) -> Expected:
     torch.manual_seed(0)
-    module = PaperBART(tokens, deep, sites)
+    own = dict.fromkeys(sites, tokens) if lengths is None else lengths
+    module = PaperBART(own, deep)
     said = {"model_type": "bart", "d_model": WIDTH, "decoder_layers": 3, "encoder_layers": 2}
-    save_paper(folder, module, said | {"preseqlen": tokens, "use_infix": False} | config)
+    if lengths is None:
+        said["preseqlen"] = tokens
+    save_paper(folder, module, said | {"use_infix": False} | config)
     expected: Expected = {}
     with torch.no_grad():
-        for site in sites:
+        for site, tokens in own.items():
             suffix = {"decoder": "", "cross": "2", "encoder": "_enc"}[site]
             wte, trans = getattr(module, f"wte{suffix}"), getattr(module, f"control_trans{suffix}")
             past = past_of(trans(wte(torch.arange(tokens))), BART.num_kv_heads, site)

@@ -22,6 +22,7 @@ from prefixd_store import (
     TooLarge,
     VersionRecord,
     arrays,
+    leading_length,
     parse_prefix,
     read_manifest,
     validate_file,
@@ -123,6 +124,59 @@ def test_manifest_holds_all_that_was_written(tmp_path: Path) -> None:
         provenance={"text_sha256": "00", "nested": {"steps": [1, 2.5, None, True]}},
         created_at=record.created_at,
     )
+
+
+SEVERAL = {
+    f"{site}.{part}": (layers, 1, length, 2)
+    for site, layers, length in (("cross", 1, 21), ("decoder", 1, 3), ("encoder", 2, 7))
+    for part in ("key", "value")
+}
+"""shapes of a prefix with a length a site"""
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_each_site_may_have_a_length_of_its_own(tmp_path: Path, offset: int) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: PrefixArray.of(rng.standard_normal(shape).astype(np.float32))
+        for name, shape in SEVERAL.items()
+    }
+    path = tmp_path / "p"
+    write_prefix(path, tensors, query_offset=offset)
+    manifest = validate_file(path)
+    assert manifest.sites == {
+        "cross": (1, 1, 21, 2),
+        "decoder": (1, 1, 3, 2),
+        "encoder": (2, 1, 7, 2),
+    }
+    # One number stands for all, and says where the decoder's prompt begins.
+    assert (manifest.num_virtual_tokens, manifest.query_offset) == (3, offset)
+    read = parse_prefix(path.read_bytes()).arrays
+    for name, array in tensors.items():
+        assert np.array_equal(read[name].data, array.data)
+    theirs = load_file(path)
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == SEVERAL
+
+
+def test_one_length_stands_for_a_prefix_of_several() -> None:
+    assert leading_length({"cross": 21, "encoder": 7, "decoder": 3}) == 3
+    assert leading_length({"cross": 21, "encoder": 7}) == 7
+    assert leading_length({"cross": 21}) == 21
+    assert leading_length({}) == 0
+
+
+def test_a_file_of_one_length_is_written_as_ever(tmp_path: Path) -> None:
+    write_prefix(tmp_path / "p", random_arrays(sites=("cross", "encoder")), query_offset=5)
+    with safe_open(tmp_path / "p", "numpy") as file:
+        metadata = file.metadata()
+    assert metadata == {
+        "format": "prefixd",
+        "format_version": "1",
+        "num_virtual_tokens": "5",
+        "query_offset": "5",
+        "source_format": "prefixd",
+        "provenance": "{}",
+    }
 
 
 def test_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
@@ -411,17 +465,19 @@ def test_limits_are_kept(tmp_path: Path) -> None:
         ({}, {}, "no tensors"),
         ({"decoder.key": (1, 1, 2, 2)}, {}, "decoder.value is missing"),
         ({"decoder.key": (1, 2, 2), "decoder.value": (1, 2, 2)}, {}, r"\[L, H_kv, P, D\]"),
-        ({"decoder.key": (1, 1, 2, 2), "decoder.value": (1, 1, 3, 2)}, {}, "but decoder.value is"),
-        ({"decoder.key": (1, 1, 5, 2), "decoder.value": (1, 1, 5, 2)}, {"query_offset": 1}, "is 1"),
+        ({"decoder.key": (1, 1, 2, 2), "decoder.value": (1, 1, 2, 3)}, {}, "but decoder.value is"),
         (
-            {
-                f"{s}.{p}": (1, 1, n, 2)
-                for s, n in (("cross", 5), ("decoder", 6))
-                for p in ("key", "value")
-            },
+            SEVERAL | {"encoder.value": (2, 1, 8, 2)},
             {},
-            "num_virtual_tokens is 5 but decoder",
+            "encoder.key has 7 virtual tokens but encoder.value has 8",
         ),
+        (SEVERAL, {"query_offset": 7}, r"query_offset is 7; .* num_virtual_tokens \(3\)"),
+        (
+            SEVERAL,
+            {"limits": Limits(max_virtual_tokens=20)},
+            "cross: 21 virtual tokens, at most 20",
+        ),
+        ({"decoder.key": (1, 1, 5, 2), "decoder.value": (1, 1, 5, 2)}, {"query_offset": 1}, "is 1"),
         (
             {"decoder.key": (1, 1, 5, 2), "decoder.value": (1, 1, 5, 2)},
             {"provenance": {"x": "y" * 70_000}},

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from prefixd_store import (
     Geometry,
+    InvalidPrefix,
     Prefix,
     SiteGeometry,
     import_checkpoint,
@@ -101,6 +102,15 @@ def test_paper_bart(tmp_path: Path, sites: tuple[str, ...], deep: bool) -> None:
     check(prefix, expected, "paper/bart", offset=0, exact=False)
 
 
+def test_paper_bart_of_a_length_a_site(tmp_path: Path) -> None:
+    """Where its config names no one length: each table has its own rows."""
+    lengths = {"decoder": 3, "cross": 21, "encoder": 7}
+    expected = paper_bart(tmp_path / "c", lengths=lengths)
+    prefix = sent(tmp_path / "c", BART, tmp_path / "out")
+    check(prefix, expected, "paper/bart", offset=0, exact=False)
+    assert {site: shape[2] for site, shape in prefix.manifest.sites.items()} == lengths
+
+
 # --- AdapterHub: goldens made by its library ------------------------------------------------------
 
 
@@ -125,6 +135,25 @@ def test_adapterhub(tmp_path: Path, name: str, geometry: Geometry, exact: bool) 
     prefix = sent(tmp_path / "c", geometry, tmp_path / "out")
     check(prefix, expected, "adapterhub/prefix_tuning", offset=0, exact=exact)
     assert prefix.manifest.provenance["version"] == "adapters.1.3.0"
+
+
+def test_adapterhub_of_a_length_a_site(tmp_path: Path) -> None:
+    """Its config names one length for all; without it each table has its own rows."""
+    expected = golden("bart", tmp_path / "c")
+    weights, config = tmp_path / "c" / "pytorch_adapter.bin", tmp_path / "c" / "adapter_config.json"
+    state = torch.load(weights)
+    for name, tensor in state.items():
+        if ".cross_prefix.wte" in name:
+            state[name] = tensor[:2].clone()
+    torch.save(state, weights)
+    with pytest.raises(InvalidPrefix, match="prefix_length 5 but the cross tensors have 2"):
+        sent(tmp_path / "c", BART, tmp_path / "out")
+    said = json.loads(config.read_text())
+    del said["config"]["prefix_length"]
+    config.write_text(json.dumps(said))
+    prefix = sent(tmp_path / "c", BART, tmp_path / "out")
+    shorter = {name: t[:, :, :2] if "cross" in name else t for name, t in expected.items()}
+    check(prefix, shorter, "adapterhub/prefix_tuning", offset=0, exact=False)
 
 
 def test_the_head_beside_an_adapter_is_not_used(tmp_path: Path) -> None:

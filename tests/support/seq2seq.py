@@ -157,6 +157,7 @@ class Seq2SeqReference:
         AttentionInterface.register(name, self._attend)
         self.model.set_attn_implementation(name)
         self._prefix: Prefix = {}
+        self._behind = False
         self._sites: dict[int, tuple[str, int]] = {}
         for stack, names in (
             (self.model.get_encoder(), {"self_attn": "encoder", "SelfAttention": "encoder"}),
@@ -186,11 +187,12 @@ class Seq2SeqReference:
 
     @torch.inference_mode()
     def generate(
-        self, prefix: Prefix, text: list[int], max_new_tokens: int
+        self, prefix: Prefix, text: list[int], max_new_tokens: int, *, behind: bool = False
     ) -> tuple[list[int], list[float]]:
-        """Tokens after the decoder's start, and the log-probability of each."""
+        """Tokens after the decoder's start, and the log-probability of each. ``behind`` (T5): each
+        side counts its queries from its own prefix's end on, not from 0."""
         ids = torch.tensor([text])
-        with self._injected(prefix):
+        with self._injected(prefix, behind):
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -231,12 +233,12 @@ class Seq2SeqReference:
         return list(zip(tokens, output.sequences_scores.tolist(), strict=True))
 
     @contextmanager
-    def _injected(self, prefix: Prefix) -> Iterator[None]:
-        self._prefix = prefix
+    def _injected(self, prefix: Prefix, behind: bool = False) -> Iterator[None]:
+        self._prefix, self._behind = prefix, behind
         try:
             yield
         finally:
-            self._prefix = {}
+            self._prefix, self._behind = {}, False
 
     def _attend(
         self,
@@ -265,6 +267,8 @@ class Seq2SeqReference:
         if table is not None:
             # AdapterHub: keys count from the prefix's first on, queries from the text's first on.
             memory, context = torch.arange(key.shape[2]), torch.arange(num_queries) + past
+            if self._behind and site in self._prefix:
+                context += self._prefix[site][0].shape[2]
             buckets = table._relative_position_bucket(
                 memory[None] - context[:, None],
                 bidirectional=site == "encoder",

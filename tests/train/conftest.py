@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefixd.cli import main
 from prefixd_train.lm import FrozenLM, load_lm
 from prefixd_train.options import TrainOptions
 from tests.support.models import tiny_model_folder
@@ -22,6 +23,14 @@ ROWS = [
     {"source": f"name: The Mill | food: {food}", "targets": [f"{food} food.", f"It serves {food}."]}
     for food in FOODS
 ]
+
+
+def run(arguments: list[str]) -> int:
+    """The command line's exit status."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from prefixd_train.inject import forward
 from prefixd_train.lm import FrozenLM
 from prefixd_train.parameterise import make_prefix
 from prefixd_train.save import save_prefix
-from prefixd_train.sites import PrefixKV
+from prefixd_train.sites import PrefixKV, Site
 from tests.support.training import SITES_OF, batch_of, rows, tiny_lm
 
 TEXT = "The town hall stands at the river; its clock was built in 1873 and still keeps the time."
@@ -99,6 +99,25 @@ def test_of_an_encoder_decoder_every_site_has_its_own_activations(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_each_site_starts_from_as_many_tokens_as_it_has(
+    lms: dict[str, FrozenLM], family: str
+) -> None:
+    """An encoder that read more would keep other values of the same tokens."""
+    lm = lms[family]
+    tokens = lm.tokenizer(TEXT)["input_ids"]
+    lengths: dict[Site, int] = {"encoder": 7, "decoder": 3, "cross": 12}
+    found = from_text(lm, TEXT, lengths)
+    assert found.keys() == lengths.keys()
+    for site, length in lengths.items():
+        torch.testing.assert_close(found[site], activations_of_tokens(lm, tokens[:length])[site])
+    words = from_words(lm, TEXT, lengths)
+    evenly = from_text(lm, TEXT, lengths, choose="even")
+    for site, length in lengths.items():
+        assert words[site][0].shape[2] == evenly[site][0].shape[2] == length
+
+
+@torch.inference_mode()
 def test_evenly_chosen_keys_stand_at_their_place_in_the_prefix(lms: dict[str, FrozenLM]) -> None:
     """The first layer's key of a token depends on it and its position alone."""
     lm = lms["llama"]
@@ -142,8 +161,10 @@ def test_what_does_not_fit_is_refused_by_name(lms: dict[str, FrozenLM], tmp_path
         prefix.set_kv(from_words(lm, "a", {"decoder": 4}))
     with pytest.raises(ValueError, match="this LM has decoder"):
         make_prefix(lm.shapes, {"encoder": 3})
-    with pytest.raises(ValueError, match="one for all its sites"):
-        make_prefix(lms["t5"].shapes, {"encoder": 3, "cross": 4})
+    with pytest.raises(ValueError, match="frozen_first is 3 of 3 virtual tokens at cross"):
+        make_prefix(lms["t5"].shapes, {"encoder": 4, "cross": 3}, frozen_first=3)
+    with pytest.raises(ValueError, match=r"cross values are \[3, 4, 5, 8\].*\[3, 4, 4, 8\]"):
+        make_prefix(lms["t5"].shapes, {"cross": 4}).set_kv(from_words(lms["t5"], "a", {"cross": 5}))
     save_prefix(
         tmp_path / "a", lms["gpt2"], from_words(lms["gpt2"], "a", {"decoder": 3}), training={}
     )

@@ -197,6 +197,7 @@ def test_the_file_says_how_it_came_to_be(options: Options, tmp_path: Path) -> No
     [
         ({"sites": "encoder"}, "sites 'encoder': .* has decoder, all"),
         ({"num_virtual_tokens": 4095}, "4095 virtual tokens leave no room: .* 4096 positions"),
+        ({"sites": "decoder=4095"}, "4095 virtual tokens leave no room"),
         ({"frozen_first": 4}, "frozen_first is 4 of 4"),
         ({"init_text": "too short"}, "the text has 2 tokens; the prefix takes 4"),
         ({"max_length": 5}, "room for 5"),
@@ -219,6 +220,9 @@ def test_settings_that_do_not_fit_are_named(
         ({"init": "prefix"}, "go together"),
         ({"prompt_template": "{a.b}"}, "not a plain name"),
         ({"dtype": "float16"}, "needs mixed_precision fp16"),
+        ({"sites": "encoder=0,cross"}, "length of encoder is '0'; it must be 1 to 65536"),
+        ({"sites": "cross=x"}, "length of cross is 'x'"),
+        ({"sites": "cross,cross=3"}, "cross is named twice"),
         ({"task": "A b"}, "String should match pattern"),
     ],
 )

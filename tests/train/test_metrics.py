@@ -16,6 +16,7 @@ from nltk.translate.nist_score import corpus_nist
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+from prefixd_train import wordnet
 from prefixd_train.bootstrap import draw, interval
 from prefixd_train.metrics import Metric, make_metrics
 
@@ -173,10 +174,43 @@ def test_meteor_knows_synonyms_and_takes_the_best_reference() -> None:
     assert other < same
 
 
+@pytest.fixture
+def no_nltk_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+
+
+@pytest.mark.usefixtures("no_nltk_data")
+@pytest.mark.skipif(
+    not wordnet.DEBIAN.exists(), reason="needs Debian's WordNet: apt-get install wordnet-base"
+)
+def test_meteor_with_the_whole_wordnet() -> None:
+    metrics, missing = make_metrics()
+    assert missing == []
+    (meteor,) = (metric for metric in metrics if metric.name == "METEOR")
+    # The example of nltk's own documentation, where 0.6944 is the figure.
+    text = (
+        "It is a guide to action which ensures that the military always obeys the commands of the"
+        " party"
+    )
+    references = [
+        "It is a guide to action that ensures that the military will forever heed Party commands",
+        "It is the guiding principle which guarantees the military forces always being under the"
+        " command of the Party",
+        "It is the practical guide for the army always to heed the directions of the party",
+    ]
+    texts = [text, "The dog is quick.", "The dog is quick."]
+    scores = meteor.statistics(texts, [references, ["The dog is fast."], ["The dog is wet."]])[:, 0]
+    # Fast is quick: five matches in one chunk, 1 - 0.5 * (1 / 5) ** 3. Wet is not: four of five
+    # words, F 0.8, in two chunks, 0.8 * (1 - 0.5 * (2 / 4) ** 3).
+    assert scores == pytest.approx([0.6944, 0.996, 0.75], abs=5e-5)
+
+
+@pytest.mark.usefixtures("no_nltk_data")
 def test_meteor_is_left_out_where_there_is_no_wordnet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(wordnet, "DEBIAN", tmp_path / "wordnet")
     metrics, (line,) = make_metrics()
     assert "METEOR" not in {metric.name for metric in metrics}
-    assert "WordNet" in line
+    assert "nltk.downloader wordnet" in line
+    assert "wordnet-base" in line

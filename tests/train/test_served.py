@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from prefixd_server.config import ModelConfig
 from prefixd_server.models.loader import load_model
 from prefixd_store import validate_file
 from prefixd_train.ablations import EmbeddingPrefix
-from prefixd_train.initialise import activations_of_tokens
+from prefixd_train.initialise import from_tokens
 from prefixd_train.inject import target_logits
 from prefixd_train.lm import FrozenLM, load_lm
 from prefixd_train.parameterise import PrefixParameters, make_prefix
@@ -32,11 +33,13 @@ def publish(run: EngineRun, task: str, lm: FrozenLM, prefix: PrefixParameters, t
     run.server.registry.publish("default", task, blob, version)
 
 
-def trained(lm: FrozenLM, sites: tuple[Site, ...], parameterisation: str) -> PrefixParameters:
+def trained(
+    lm: FrozenLM, sites: tuple[Site, ...] | Mapping[Site, int], parameterisation: str
+) -> PrefixParameters:
     """As after some training: near the LM's own activations, but not them."""
-    prefix = make_prefix(lm.shapes, dict.fromkeys(sites, P), parameterisation)  # type: ignore[arg-type]
-    own = activations_of_tokens(lm, rows(9, P)[0])
-    prefix.set_kv({site: own[site] for site in sites})
+    lengths = sites if isinstance(sites, Mapping) else dict.fromkeys(sites, P)
+    prefix = make_prefix(lm.shapes, lengths, parameterisation)  # type: ignore[arg-type]
+    prefix.set_kv(from_tokens(lm, rows(9, max(lengths.values()))[0], lengths))
     with torch.no_grad():
         for parameter in prefix.parameters():
             parameter += 0.05 * float(parameter.std()) * torch.randn_like(parameter)
@@ -89,6 +92,13 @@ def test_of_an_encoder_decoder_at_each_site(family: str, tmp_path: Path) -> None
     sites = SITES_OF[family]
     prefixes = {site: trained(lm, (site,), "direct") for site in sites}
     prefixes |= {"all": trained(lm, sites, "mlp"), "both": trained(lm, sites[::2], "direct")}
+    several: dict[Site, int] = {"encoder": 20, "decoder": 10, "cross": 5}
+    prefixes |= {
+        "several": trained(lm, several, "direct"),
+        "several-mlp": trained(lm, {"encoder": 3, "decoder": 7, "cross": 21}, "mlp"),
+        "two": trained(lm, {"decoder": 3, "cross": 21}, "direct"),
+        "encoder-and-cross": trained(lm, {"encoder": 7, "cross": 21}, "direct"),
+    }
     texts = rows(1, 5, 19)
     with EngineRun(load_model(ModelConfig(model=str(folder))), tmp_path / "store") as run:
         for task, prefix in prefixes.items():

@@ -7,19 +7,49 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefixd.cli import main
 from prefixd.cli._train import needs_train_extra
 from prefixd_train.options import PANELS, TrainOptions
 from prefixd_train.run_folder import RunFolder
+from tests.support.models import tiny_model_folder
 from tests.support.server import LiveServer
-from tests.train.conftest import ROWS, Write
+from tests.train.conftest import ROWS, Write, run
 
 ROOT = Path(__file__).parents[2]
+
+
+# Forked after the imports, which take longer than the run. What torchrun itself calls.
+TORCHRUN = """
+import sys
+import prefixd_train.train
+from prefixd.cli import main
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def run(arguments):
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    if code:
+        raise RuntimeError(f"exit status {code}")
+
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=0, run_id="two",
+    rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+)
+elastic_launch(config, run)(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def server(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    with LiveServer(llama_folder, str(tmp_path_factory.mktemp("store"))) as live:
+        yield live
 
 
 @pytest.fixture
@@ -38,20 +68,10 @@ def arguments(llama_folder: Path, tmp_path: Path, write: Write) -> list[str]:
     return ["train", *(f"--{name}={value}" for name, value in settings.items())]
 
 
-def run(arguments: list[str]) -> int:
-    try:
-        return main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
-
-
 def test_from_a_file_to_a_task_that_answers(
-    arguments: list[str],
-    llama_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], server: LiveServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with LiveServer(llama_folder, str(tmp_path / "store")) as server, server.client() as client:
+    with server.client() as client:
         assert run([*arguments, f"--push={server.url}", "--dev-fraction=0.25"]) == 0
         said = capsys.readouterr()
         assert "e2e@1 (active); try it:" in said.out
@@ -75,8 +95,7 @@ def test_from_a_file_to_a_task_that_answers(
 
 def test_chats_make_a_task_of_chats(
     arguments: list[str],
-    llama_folder: Path,
-    tmp_path: Path,
+    server: LiveServer,
     write: Write,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -84,25 +103,23 @@ def test_chats_make_a_task_of_chats(
     said = ("Is it open?", "Where is the library?")
     answer = {"role": "assistant", "content": "By the river."}
     write([{"messages": [{"role": "user", "content": text}, answer]} for text in said])
-    with LiveServer(llama_folder, str(tmp_path / "store")) as server, server.client() as client:
-        assert run([*arguments, "--max-steps=1", f"--push={server.url}"]) == 0
+    with server.client() as client:
+        arguments += ["--task=library", "--max-steps=1", f"--push={server.url}"]
+        assert run(arguments) == 0
         assert '{"inputs": "Is it open?"}' in capsys.readouterr().out
-        assert client.task("e2e").defaults["chat_template"] == "model"
-        prompt = client.generate("e2e", said[0], max_new_tokens=1).usage.prompt_tokens
+        assert client.task("library").defaults["chat_template"] == "model"
+        prompt = client.generate("library", said[0], max_new_tokens=1).usage.prompt_tokens
         assert prompt > 2 * len(said[0].split())
 
 
 def test_a_server_of_another_model_is_refused_before_training(
     arguments: list[str],
-    tmp_path_factory: pytest.TempPathFactory,
+    server: LiveServer,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tests.support.models import tiny_model_folder
-
-    other = tiny_model_folder("gpt2", tmp_path_factory.mktemp("gpt2"))
-    with LiveServer(other, str(tmp_path / "store")) as server:
-        assert run([*arguments, f"--push={server.url}"]) == 1
+    other = tiny_model_folder("gpt2", tmp_path / "gpt2")
+    assert run([*arguments, f"--model={other}", f"--push={server.url}"]) == 1
     assert "serves another model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -156,9 +173,8 @@ def test_two_processes_train_what_one_does(arguments: list[str], tmp_path: Path)
     """Batches are shared, sums are over both: the losses are the same but for rounding."""
     arguments = [*arguments, "--batch-size=3", "--grad-accum=2", "--dev-fraction=0.25"]
     assert run([*arguments, "--log-every=1"]) == 0
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     two = tmp_path / "two"
-    result = python([*launch, "-m", "prefixd", *arguments, "--log-every=1", f"--out={two}"])
+    result = python(["-c", TORCHRUN, *arguments, "--log-every=1", f"--out={two}"])
     assert result.returncode == 0, result.stderr[-2000:]
     alone, shared = losses(tmp_path / "run"), losses(two)
     assert [step for step, _ in shared] == [step for step, _ in alone]

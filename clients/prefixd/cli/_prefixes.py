@@ -23,6 +23,7 @@ from prefixd.cli._shared import (
     split_name,
     stdout,
     transfer,
+    virtual_tokens,
 )
 
 __all__ = ["register"]
@@ -107,7 +108,7 @@ def _show_upload(result: UploadResult, as_json: bool) -> None:
     verb = "created" if result.created else "already there:"
     state = "active" if result.active else "not active"
     stdout.print(
-        f"{verb} {result.task}@{result.version} ({state}): {result.num_virtual_tokens} virtual "
+        f"{verb} {result.task}@{result.version} ({state}): {virtual_tokens(result)} virtual "
         f"tokens, {result.bytes} bytes, {result.format}, sha256 {result.sha256[:12]}",
         markup=False,
         soft_wrap=True,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from prefixd import Client, InvalidArgumentError
+from prefixd import Client, InvalidArgumentError, UploadResult, Version
 from prefixd import Progress as Report
 
 __all__ = [
@@ -73,6 +73,14 @@ def read_text(source: str) -> str:
         raise InvalidArgumentError(
             f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
         ) from error
+
+
+def virtual_tokens(stored: Version | UploadResult) -> str:
+    """One number, or where the sites differ each site's: ``3 decoder, 7 encoder``."""
+    lengths = stored.lengths
+    if len(set(lengths.values())) < 2:
+        return str(stored.num_virtual_tokens)
+    return ", ".join(f"{length} {site}" for site, length in lengths.items())
 
 
 def print_json(value: BaseModel | list[BaseModel]) -> None:

@@ -24,6 +24,7 @@ from prefixd.cli._shared import (
     split_name,
     stderr,
     stdout,
+    virtual_tokens,
 )
 
 __all__ = ["register"]
@@ -48,7 +49,7 @@ def tasks(
             Text(task.task),
             _traffic(task),
             str(len(task.versions)),
-            str(active.num_virtual_tokens) if active else "",
+            virtual_tokens(active) if active else "",
             str(task.requests_running),
             "yes" if task.pinned else "",
             Text(task.description),
@@ -191,7 +192,7 @@ def _print_versions(found: Iterable[Version]) -> None:
         table.add_row(
             str(version.version),
             f"{version.weight:g}",
-            str(version.num_virtual_tokens),
+            virtual_tokens(version),
             f"{version.bytes:,}",
             version.residency,
             version.format,

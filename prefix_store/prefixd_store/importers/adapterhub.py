@@ -50,8 +50,8 @@ def convert(files: CheckpointFiles, out: Path, geometry: Geometry, limits: Limit
     arrays: dict[str, PrefixArray] = {}
     for site, tensors in sites.items():
         rows = _rows(tensors, config, site, geometry.sites[site], limits)
+        _check_length(rows.shape[0], site, config)
         arrays |= _fitted(rows, site, geometry.sites[site])
-    _check_lengths(arrays, config)
     name = described.get("model_name")
     return write_prefix(
         out,
@@ -208,12 +208,11 @@ def _one_a_group(name: str, array: PrefixArray, heads: int) -> PrefixArray:
     return PrefixArray(grouped[:, :, 0], array.dtype)
 
 
-def _check_lengths(arrays: Mapping[str, PrefixArray], config: Mapping[str, Any]) -> None:
-    lengths = {array.shape[2] for array in arrays.values()}
-    said = config.get("prefix_length", *lengths)
-    if lengths != {said}:
+def _check_length(tokens: int, site: Site, config: Mapping[str, Any]) -> None:
+    said = config.get("prefix_length", tokens)
+    if said != tokens:
         raise InvalidPrefix(
-            f"{CONFIG} says prefix_length {str(said)[:40]} but the tensors have "
-            f"{' and '.join(map(str, sorted(lengths)))} tokens",
+            f"{CONFIG} says prefix_length {str(said)[:40]} but the {site} tensors have {tokens} "
+            "tokens",
             param="prefix_length",
         )

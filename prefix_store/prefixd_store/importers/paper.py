@@ -52,13 +52,13 @@ def read_config(files: CheckpointFiles) -> dict[str, Any]:
     return config
 
 
-def check_length(config: Mapping[str, Any], tokens: int) -> None:
+def check_length(config: Mapping[str, Any], tokens: int, what: str = "the tensors") -> None:
     """Refuse a config whose ``preseqlen`` is not P, unless words of the task gave the length."""
     said = config.get("preseqlen")
     worded = config.get("lowdata_token") or config.get("init_shallow_word")
     if said is not None and said != tokens and not worded:
         raise InvalidPrefix(
-            f"{CONFIG} says preseqlen {str(said)[:40]} but the tensors have {tokens} tokens",
+            f"{CONFIG} says preseqlen {str(said)[:40]} but {what} have {tokens} tokens",
             param="preseqlen",
         )
 

@@ -9,7 +9,6 @@ both sides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from prefixd_store.arrays import PrefixArray
@@ -19,7 +18,6 @@ from prefixd_store.geometry import Geometry
 from prefixd_store.importers import paper
 from prefixd_store.importers.files import CheckpointFiles
 from prefixd_store.importers.tensors import (
-    SourceTensor,
     check_no_more,
     fit_rows,
     run_mlp,
@@ -54,11 +52,10 @@ def convert(files: CheckpointFiles, out: Path, geometry: Geometry, limits: Limit
         if f"{wte}.weight" not in tensors and f"{trans}.0.weight" not in tensors:
             continue
         rows, names = run_mlp(tensors, wte, trans, limits=limits)
+        paper.check_length(config, rows.shape[0], f"{wte} and {trans}")
         arrays |= _site_arrays(site, rows, trans, geometry)
         used += names
     check_no_more(tensors, used, "the checkpoint")
-    _check_lengths(tensors)
-    paper.check_length(config, next(iter(arrays.values())).shape[2])
     return write_prefix(
         out,
         arrays,
@@ -87,10 +84,3 @@ def _site_arrays(
         name: PrefixArray(array.data[: wanted.num_layers], array.dtype)
         for name, array in arrays.items()
     }
-
-
-def _check_lengths(tensors: Mapping[str, SourceTensor]) -> None:
-    shapes = {name: tensors[name].shape for name in sorted(tensors) if name.startswith("wte")}
-    if len({shape[0] for shape in shapes.values()}) > 1:
-        said = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise InvalidPrefix(f"the prefixes differ in length: {said}; they must have one P")

@@ -23,6 +23,11 @@ __all__ = [
 
 FinishWord = Literal["length", "eos_token", "stop_sequence"]
 
+_TOKENS = (
+    "P of the decoder; of a prefix without that site the encoder's, else the cross-attention's"
+)
+_SITES = "site → [L, H_kv, P, D]; each site has its own P"
+
 
 class ErrorDetail(BaseModel):
     message: str
@@ -67,7 +72,7 @@ class UsageAnswer(BaseModel):
     prompt_tokens: int
     completion_tokens: int = Field(description="of every sequence drawn")
     total_tokens: int
-    prefix_tokens: int
+    prefix_tokens: int = Field(description="the prefix's num_virtual_tokens")
 
 
 class GenerateAnswer(SequenceAnswer):
@@ -81,7 +86,8 @@ class UploadAnswer(BaseModel):
     task: str
     version: int
     sha256: str
-    num_virtual_tokens: int
+    num_virtual_tokens: int = Field(description=_TOKENS)
+    sites: dict[str, tuple[int, int, int, int]] = Field(description=_SITES)
     format: str
     bytes: int
     created_at: datetime
@@ -92,9 +98,9 @@ class VersionAnswer(BaseModel):
     task: str
     version: int
     sha256: str
-    num_virtual_tokens: int
-    query_offset: int
-    sites: dict[str, tuple[int, int, int, int]] = Field(description="site → [L, H_kv, P, D]")
+    num_virtual_tokens: int = Field(description=_TOKENS)
+    query_offset: int = Field(description="0, or P: each stream begins behind its own prefix")
+    sites: dict[str, tuple[int, int, int, int]] = Field(description=_SITES)
     dtype: str
     format: str
     bytes: int
@@ -151,7 +157,7 @@ class ModelAnswer(BaseModel):
 class LimitsAnswer(BaseModel):
     max_body_bytes: int
     max_upload_bytes: int
-    max_virtual_tokens: int
+    max_virtual_tokens: int = Field(description="at each site")
     max_tasks_per_tenant: int
     max_versions_per_task: int
     max_num_seqs: int

@@ -171,6 +171,7 @@ def _answer(
         version=version.version,
         sha256=version.sha256,
         num_virtual_tokens=version.num_virtual_tokens,
+        sites={**version.sites},
         format=version.format,
         bytes=version.bytes,
         created_at=version.created_at,
