@@ -62,7 +62,7 @@ def test_logits_are_the_models_own(title: str, tmp_path: Path) -> None:
     folder = str(FAMILIES[title].save(tmp_path))
     own = load_model(ModelConfig(model=folder, pack_weights=False)).module
     served = load_model(ModelConfig(model=folder)).module
-    assert "_PackedLinear" in kinds(served).values()
+    assert "PackedLinear" in kinds(served).values()
     wanted = packed_logits(own)
     for _ in range(2):  # nothing of a first run is left for a second
         torch.testing.assert_close(packed_logits(served), wanted, atol=1e-4, rtol=1e-4)
@@ -77,7 +77,7 @@ def test_logits_of_an_encoder_decoder_are_the_models_own(family: str, tmp_path: 
     with torch.inference_mode():
         wanted = own(**arguments).logits
         pack(own, partial(own, **arguments))
-        assert "_PackedLinear" in kinds(own).values()
+        assert "PackedLinear" in kinds(own).values()
         torch.testing.assert_close(own(**arguments).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -110,7 +110,7 @@ def test_layers_that_read_one_input_are_joined(
 def test_an_encoder_decoder_is_packed_but_not_joined(tmp_path: Path) -> None:
     folder = tiny_seq2seq_folder("t5", tmp_path)
     found = set(kinds(load_model(ModelConfig(model=str(folder))).module).values())
-    assert "_PackedLinear" in found
+    assert "PackedLinear" in found
     assert "_Part" not in found
 
 
@@ -165,9 +165,9 @@ def test_siblings_are_joined_and_a_layer_called_in_two_places_is_not() -> None:
     assert kinds(module) == {
         "a": "_Part",
         "b": "_Part",
-        "c": "_PackedLinear",
-        "d": "_PackedLinear",
-        "shared": "_PackedLinear",
+        "c": "PackedLinear",
+        "d": "PackedLinear",
+        "shared": "PackedLinear",
     }
     for _ in range(2):
         torch.testing.assert_close(module(x), wanted, atol=1e-5, rtol=1e-5)
@@ -199,7 +199,7 @@ def test_any_size_and_any_strides(rows: int, bias: bool, inputs: int, outputs: i
     linear = nn.Sequential(nn.Linear(inputs, outputs, bias=bias))
     own = linear[0]
     pack(linear)
-    assert type(linear[0]) is packed._PackedLinear
+    assert type(linear[0]) is packed.PackedLinear
     wide = torch.randn(1, rows, 2 * inputs)
     for x in (wide[..., :inputs].contiguous(), wide[..., :inputs], wide[..., ::2]):
         torch.testing.assert_close(linear(x), own(x), atol=1e-5, rtol=1e-5)
@@ -261,7 +261,7 @@ def test_rms_norms_with_any_weight(kind: type[nn.Module], plus: float, size: int
     own = norm_of(kind, size)
     module = nn.Sequential(own)
     pack(module)
-    assert type(module[0]) is packed._RMSNorm
+    assert type(module[0]) is packed.RMSNorm
     assert module[0]._plus == plus
     for scale in (1e-4, 1.0, 1e4):
         x = torch.randn(3, 7, size) * scale
@@ -288,7 +288,7 @@ def test_a_norm_over_heads_reads_strided_input() -> None:
 def test_the_norms_of_these_are_the_kernels(title: str, tmp_path: Path) -> None:
     found = kinds(load_model(ModelConfig(model=str(FAMILIES[title].save(tmp_path)))).module)
     norms = {kind for name, kind in found.items() if name.endswith("norm")}
-    assert norms == {"_RMSNorm"}
+    assert norms == {"RMSNorm"}
 
 
 @torch.inference_mode()
