@@ -89,8 +89,8 @@ def test_flags_that_stand_alone_exist(page: Path) -> None:
 def test_variables_are_settings(page: Path) -> None:
     settings = {parameter.envvar for command in commands().values() for parameter in command.params}
     named = set(re.findall(r"\bPREFIXD_[A-Z_]*[A-Z]\b", page.read_text()))
-    # Read when the kernels are compiled, for which there may be no server yet.
-    assert named - {"PREFIXD_NATIVE_DIR"} <= settings
+    # Read where the kernels are compiled and chosen, for which there may be no server yet.
+    assert named - {"PREFIXD_NATIVE_DIR", "PREFIXD_NATIVE_ISA"} <= settings
 
 
 @pages

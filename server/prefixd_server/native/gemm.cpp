@@ -156,49 +156,71 @@ Range part_of(int64_t size, int64_t index, int64_t parts) {
 }
 
 int64_t depth_blocks(int64_t k) { return divide_up(k, MOST_DEPTH); }
+Range depth_block(int64_t k, int64_t index) { return part_of(k, index, depth_blocks(k)); }
+int64_t panels_of(const Product& p) { return divide_up(p.n, kernels().width); }
+int64_t tiles_of(const Product& p) { return divide_up(p.m, kernels().rows); }
 
-// Some of the `tiles` of rows over one panel of a block of depth.
-void multiply_panel(const Product& p, Range depth, int64_t panel, int64_t tiles, Range range) {
+// A thread's tiles, counted panel by panel.
+Range share_of(const Product& p, int thread, int threads) {
+    return part_of(panels_of(p) * tiles_of(p), thread, threads);
+}
+
+const float* panel_at(const Product& p, Range depth, int64_t panel) {
+    return p.packed + (depth.first * panels_of(p) + panel * depth.size()) * kernels().width;
+}
+
+// Some tiles of rows over one panel; `after` is the panel that this thread multiplies next, or null.
+void multiply_panel(const Product& p, Range depth, int64_t panel, Range tiles, const float* after) {
     const int64_t width = kernels().width, column = panel * width;
-    const int64_t panels = divide_up(p.n, width);
     Tile tile = {};
     tile.x_stride = p.x_stride;
-    tile.panel = p.packed + depth.first * panels * width + column * depth.size();
+    tile.panel = panel_at(p, depth, panel);
     tile.depth = depth.size();
     tile.bias = p.bias && depth.first == 0 ? p.bias + column : nullptr;
     tile.y_stride = p.y_stride;
     tile.columns = std::min(width, p.n - column);
     tile.add = p.add || depth.first > 0;
-    // The tiles together prefetch the next panel.
+    // The tiles prefetch the panel after this in turn; one alone is as slow as its own panel comes.
     const int64_t bytes = width * depth.size() * 4;
-    int64_t lines = divide_up(divide_up(width * 4, LINE), range.size());
-    const char* end = (const char*)tile.panel + 2 * bytes;
-    tile.ahead = (const char*)tile.panel + (range.size() == 1 ? STREAM_AHEAD : bytes);
-    for (int64_t t = range.first; t < range.end; t++) {
-        const Range rows = part_of(p.m, t, tiles);
+    tile.ahead = (const char*)(tiles.size() == 1 ? tile.panel : after);
+    if (tiles.size() == 1) tile.ahead += STREAM_AHEAD;
+    const char* end = tile.ahead + bytes;
+    int64_t lines = tile.ahead ? divide_up(divide_up(width * 4, LINE), tiles.size()) : 0;
+    for (int64_t t = tiles.first; t < tiles.end; t++) {
+        const Range rows = part_of(p.m, t, tiles_of(p));
         tile.x = p.x + rows.first * p.x_stride + depth.first;
         tile.y = p.y + rows.first * p.y_stride + column;
-        if (tile.ahead >= end) lines = 0;
         kernels().multiply[rows.size() - 1][lines](tile);
         tile.ahead += depth.size() * lines * LINE;
+        if (tile.ahead >= end) lines = 0;
     }
+}
+
+// A thread's first panel in a block of depth; after the last block, in the product that follows.
+const float* first_panel(const Product* p, int64_t block, int thread, int threads) {
+    if (block == depth_blocks(p->k)) p = p->next, block = 0;
+    if (!p || p->m == 0) return nullptr;
+    const int64_t panel = share_of(*p, thread, threads).first / tiles_of(*p);
+    return panel_at(*p, depth_block(p->k, block), panel);
 }
 
 }  // namespace
 
 void gemm_in_team(const Product& p, int thread, int threads) {
-    const int64_t tiles = divide_up(p.m, kernels().rows);
-    const int64_t panels = divide_up(p.n, kernels().width);
+    const int64_t tiles = tiles_of(p);
     // The same outputs in each block of depth: a thread adds to its own.
-    const Range share = part_of(panels * tiles, thread, threads);
-    const int64_t depths = depth_blocks(p.k);
-    for (int64_t d = 0; d < depths; d++)
+    const Range share = share_of(p, thread, threads);
+    for (int64_t block = 0; block < depth_blocks(p.k); block++) {
+        const Range depth = depth_block(p.k, block);
         for (int64_t i = share.first; i < share.end;) {
             const int64_t panel = i / tiles, first = i % tiles;
             const Range range = {first, std::min(tiles, first + share.end - i)};
-            multiply_panel(p, part_of(p.k, d, depths), panel, tiles, range);
             i += range.size();
+            const float* after = i < share.end ? panel_at(p, depth, panel + 1)
+                                               : first_panel(&p, block + 1, thread, threads);
+            multiply_panel(p, depth, panel, range, after);
         }
+    }
 }
 
 }  // namespace prefixd
@@ -218,11 +240,11 @@ int64_t prefixd_packed_size(int64_t n, int64_t k) {
 // Weight [n, k], rows `row_stride` apart.
 void prefixd_pack(const float* weight, int64_t row_stride, int64_t n, int64_t k, float* packed) {
     const int64_t width = prefixd::kernels().width;
-    const int64_t panels = prefixd::divide_up(n, width), depths = prefixd::depth_blocks(k);
+    const int64_t panels = prefixd::divide_up(n, width);
 #pragma omp parallel for schedule(static)
     for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t d = 0; d < depths; d++) {
-            const Range depth = prefixd::part_of(k, d, depths);
+        for (int64_t block = 0; block < prefixd::depth_blocks(k); block++) {
+            const Range depth = prefixd::depth_block(k, block);
             float* to = packed + (depth.first * panels + panel * depth.size()) * width;
             for (int64_t i = depth.first; i < depth.end; i++)
                 for (int64_t row = panel * width; row < (panel + 1) * width; row++)

@@ -15,6 +15,7 @@ struct Product {
     float* y;  // [m, n], rows `y_stride` apart
     int64_t y_stride;
     bool add;  // to what y holds
+    const Product* next = nullptr;  // what the team multiplies after this, or null
 };
 
 // One thread's share; each thread of a team calls it. None waits for another: x must be whole before
