@@ -128,14 +128,29 @@ INLINE void execute_row(const Op& op, const Run& run, int64_t row) {
     }
 }
 
+INLINE prefixd::Product product_of(const Op& op, const Run& run) {
+    return {at(op.a, run), op.a.stride, op.weight, op.bias, op.kept ? run.kept : run.tokens,
+            op.size, op.inner, at(op.to, run), op.to.stride, op.flag != 0};
+}
+
+// `end` is behind the last operation: the next product's weights are prefetched.
+INLINE void execute_linear(const Op& op, const Op* end, const Run& run) {
+    prefixd::Product product = product_of(op, run), following;
+    const Op* other = &op + 1;
+    while (other < end && other->kind != LINEAR) other++;
+    if (other < end) {
+        following = product_of(*other, run);
+        product.next = &following;
+    }
+    prefixd::gemm_in_team(product, omp_get_thread_num(), omp_get_num_threads());
+}
+
 // Called by all threads of the team; ends with a barrier.
-INLINE void execute(const Op& op, const Run& run) {
+INLINE void execute(const Op& op, const Op* end, const Run& run) {
     const int64_t rows = op.kept ? run.kept : run.tokens;
     switch (op.kind) {
         case LINEAR:
-            prefixd::gemm_in_team({at(op.a, run), op.a.stride, op.weight, op.bias, rows, op.size,
-                                   op.inner, at(op.to, run), op.to.stride, op.flag != 0},
-                                  omp_get_thread_num(), omp_get_num_threads());
+            execute_linear(op, end, run);
 #pragma omp barrier
             break;
         case ATTEND: execute_attention(op, run); break;
