@@ -45,11 +45,6 @@ struct Layer {
     int32_t window;  // 0: none
 };
 
-INLINE float cap(float score, const Layer& layer) {
-    score *= layer.scaling;
-    return layer.softcap > 0 ? layer.softcap * std::tanh(score / layer.softcap) : score;
-}
-
 struct Range {
     int32_t first, end;
 };
@@ -101,83 +96,117 @@ INLINE Vec4 sums_of(Vec a, Vec b, Vec c, Vec d) {
     return quarters[0] + quarters[1] + (quarters[2] + quarters[3]);
 }
 
-// scores[j] = query . keys[at[j]], four keys at a time.
-template <int DIM>
-INLINE void dot_products(const float* query, const float* keys, const int64_t* at, int32_t count,
-                         int32_t dim, float* scores) {
-    const int32_t size = DIM ? DIM : dim;
-    for (int32_t j = 0; j < count; j += 4) {
-        const float* key[4] = {keys + at[j], keys + at[j + 1], keys + at[j + 2], keys + at[j + 3]};
-        Vec sum[4] = {};
-        int32_t d = 0;
-        for (; d + LANES <= size; d += LANES)
-            for (int i = 0; i < 4; i++) sum[i] += *(const Vec*)(query + d) * *(const Vec*)(key[i] + d);
-        Vec4 result = sums_of(sum[0], sum[1], sum[2], sum[3]);
-        for (; d < size; d++)
-            for (int i = 0; i < 4; i++) result[i] += query[d] * key[i][d];
-        *(Vec4*)(scores + j) = result;
-    }
-}
-
-// value = value * shrink + weights . values[at], VECTORS vectors of it.
-template <int VECTORS>
-INLINE void add_values(float* value, float shrink, const float* values, const int64_t* at,
-                       const float* weights, int32_t count) {
-    Vec sum[VECTORS];
-    for (int i = 0; i < VECTORS; i++) sum[i] = *(const Vec*)(value + i * LANES) * shrink;
-    for (int32_t j = 0; j < count; j++)
+// value = value * shrink + weights . values[at] of each head, VECTORS vectors of it.
+template <int HEADS, int VECTORS>
+INLINE void add_values(const float* values, const int64_t* at, int32_t count,
+                       const float (*weights)[FEW_ROWS_KEYS], const float* shrink, int32_t size,
+                       float* value) {
+    Vec sum[HEADS][VECTORS];
+    for (int g = 0; g < HEADS; g++)
         for (int i = 0; i < VECTORS; i++)
-            sum[i] += weights[j] * *(const Vec*)(values + at[j] + i * LANES);
-    for (int i = 0; i < VECTORS; i++) *(Vec*)(value + i * LANES) = sum[i];
+            sum[g][i] = *(const Vec*)(value + g * size + i * LANES) * shrink[g];
+    for (int32_t j = 0; j < count; j++)
+        for (int i = 0; i < VECTORS; i++) {
+            const Vec part = *(const Vec*)(values + at[j] + i * LANES);
+            for (int g = 0; g < HEADS; g++) sum[g][i] += weights[g][j] * part;
+        }
+    for (int g = 0; g < HEADS; g++)
+        for (int i = 0; i < VECTORS; i++) *(Vec*)(value + g * size + i * LANES) = sum[g][i];
 }
 
-// A few rows: a vector holds a row's dimensions.
+// Up to four heads of one query against `count` keys at `at`, of which no more than FEW_ROWS_KEYS: a
+// key or value is loaded once for all of them. A vector holds a row's dimensions.
+template <int HEADS, int DIM>
+INLINE void few_heads(const Layer& layer, const float* query, const int64_t* at, int32_t count,
+                      float* result) {
+    constexpr int TILE = 4;  // keys, or vectors of values
+    const int32_t dim = DIM ? DIM : layer.dim, size = dim + 2;
+    alignas(64) float scores[HEADS][FEW_ROWS_KEYS];
+    for (int32_t j = 0; j < count; j += TILE) {
+        const float* key[TILE];
+        for (int i = 0; i < TILE; i++) key[i] = layer.keys + at[j + i];
+        Vec sum[HEADS][TILE] = {};
+        int32_t d = 0;
+        for (; d + LANES <= dim; d += LANES)
+            for (int i = 0; i < TILE; i++) {
+                const Vec part = *(const Vec*)(key[i] + d);
+                for (int g = 0; g < HEADS; g++)
+                    sum[g][i] += *(const Vec*)(query + g * layer.query_head + d) * part;
+            }
+        for (int g = 0; g < HEADS; g++) {
+            Vec4 four = sums_of(sum[g][0], sum[g][1], sum[g][2], sum[g][3]);
+            for (int32_t rest = d; rest < dim; rest++)
+                for (int i = 0; i < TILE; i++)
+                    four[i] += query[g * layer.query_head + rest] * key[i][rest];
+            *(Vec4*)(scores[g] + j) = four * layer.scaling;
+        }
+    }
+    float shrink[HEADS];
+    for (int g = 0; g < HEADS; g++) {
+        float* mine = result + g * size;
+        if (layer.softcap > 0)
+            for (int32_t j = 0; j < count; j++)
+                scores[g][j] = layer.softcap * std::tanh(scores[g][j] / layer.softcap);
+        const int32_t whole = (count + LANES - 1) / LANES * LANES;
+        std::fill(scores[g] + count, scores[g] + whole, NEVER);
+        Vec most = splat(mine[0]);
+        for (int32_t j = 0; j < whole; j += LANES) {
+            const Vec x = *(Vec*)(scores[g] + j);
+            most = x > most ? x : most;
+        }
+        const float highest = most_of(most);
+        Vec sum{};
+        for (int32_t j = 0; j < whole; j += LANES) {
+            const Vec score = *(Vec*)(scores[g] + j);
+            const Vec weight = exp_negative(score - highest);
+            sum += *(Vec*)(scores[g] + j) = score == splat(NEVER) ? splat(0.f) : weight;
+        }
+        shrink[g] = std::exp(mine[0] - highest);
+        mine[0] = highest;
+        mine[1] = mine[1] * shrink[g] + sum_of(sum);
+    }
+    float* value = result + 2;
+    int32_t d = 0;
+    for (; d + TILE * LANES <= dim; d += TILE * LANES)
+        add_values<HEADS, TILE>(layer.values + d, at, count, scores, shrink, size, value + d);
+    for (; d + LANES <= dim; d += LANES)
+        add_values<HEADS, 1>(layer.values + d, at, count, scores, shrink, size, value + d);
+    for (; d < dim; d++)
+        for (int g = 0; g < HEADS; g++) {
+            float sum = value[g * size + d] * shrink[g];
+            for (int32_t j = 0; j < count; j++) sum += scores[g][j] * layer.values[at[j] + d];
+            value[g * size + d] = sum;
+        }
+}
+
+// A few rows, one after another.
 template <int DIM>
 INLINE void few_rows(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
                      float* results) {
-    const int32_t dim = DIM ? DIM : layer.dim, group = layer.heads / layer.kv_heads;
+    const int32_t dim = DIM ? DIM : layer.dim, size = dim + 2;
+    const int32_t group = layer.heads / layer.kv_heads, head = kv_head * group;
     for (int32_t row = part.first_row; row < part.end_row; row++) {
         const int64_t token = step.rows[row];
         const Range seen = seen_by(step.query_index[token], part, layer.window);
+        const float* query = layer.query + token * layer.query_token + head * layer.query_head;
+        float* result = result_of(results, layer, row, head);
         for (int32_t g = 0; g < group; g++) {
-            float* result = result_of(results, layer, row, kv_head * group + g);
-            result[0] = NEVER;
-            std::fill(result + 1, result + 2 + dim, 0.f);
+            result[g * size] = NEVER;
+            std::fill(result + g * size + 1, result + (g + 1) * size, 0.f);
         }
         for (int32_t block = seen.first; block < seen.end; block += FEW_ROWS_KEYS) {
             const int32_t count = std::min(FEW_ROWS_KEYS, seen.end - block);
             int64_t at[FEW_ROWS_KEYS];
             locate(step, layer, part, kv_head, block, count, (count + 3) / 4 * 4, at);
-            for (int32_t g = 0; g < group; g++) {
-                const int32_t head = kv_head * group + g;
-                const float* query =
-                    layer.query + token * layer.query_token + head * layer.query_head;
-                float* result = result_of(results, layer, row, head);
-                float scores[FEW_ROWS_KEYS];
-                dot_products<DIM>(query, layer.keys, at, count, dim, scores);
-                float highest = result[0];
-                for (int32_t j = 0; j < count; j++) {
-                    scores[j] = cap(scores[j], layer);
-                    highest = std::max(highest, scores[j]);
-                }
-                const float shrink = std::exp(result[0] - highest);
-                for (int32_t j = 0; j < count; j += LANES)
-                    *(Vec*)(scores + j) = exp_negative(*(Vec*)(scores + j) - highest);
-                float sum = 0;
-                for (int32_t j = 0; j < count; j++) sum += scores[j];
-                result[0] = highest;
-                result[1] = result[1] * shrink + sum;
-                float* value = result + 2;
-                const float* values = layer.values;
-                int32_t d = 0;
-                for (; d + 4 * LANES <= dim; d += 4 * LANES)
-                    add_values<4>(value + d, shrink, values + d, at, scores, count);
-                for (; d + LANES <= dim; d += LANES)
-                    add_values<1>(value + d, shrink, values + d, at, scores, count);
-                for (; d < dim; d++) {
-                    value[d] *= shrink;
-                    for (int32_t j = 0; j < count; j++) value[d] += scores[j] * values[at[j] + d];
-                }
+            for (int32_t g = 0; g < group;) {
+                const float* from = query + g * layer.query_head;
+                float* to = result + g * size;
+                const int32_t heads = std::min(4, group - g);
+                if (heads == 4) few_heads<4, DIM>(layer, from, at, count, to);
+                else if (heads == 3) few_heads<3, DIM>(layer, from, at, count, to);
+                else if (heads == 2) few_heads<2, DIM>(layer, from, at, count, to);
+                else few_heads<1, DIM>(layer, from, at, count, to);
+                g += heads;
             }
         }
     }

@@ -52,4 +52,10 @@ INLINE float sum_of(Vec x) {
     return lanes[0];
 }
 
+INLINE float most_of(Vec x) {
+    float most = NEVER;
+    for (int i = 0; i < LANES; i++) most = std::max(most, ((float*)&x)[i]);
+    return most;
+}
+
 }  // namespace
