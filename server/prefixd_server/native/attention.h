@@ -9,6 +9,8 @@
 
 #pragma once
 
+#include <omp.h>
+
 #include <vector>
 
 #include "simd.h"
@@ -344,10 +346,18 @@ INLINE void attend(const Step& step, const Layer& layer, int32_t num_parts,
     static thread_local std::vector<float> scratch;
     scratch.resize(size_t(2 * layer.dim + 1) * LANES);
     float* aligned = (float*)((uintptr_t(scratch.data()) + 63) & ~uintptr_t(63));
-#pragma omp for collapse(2) schedule(dynamic, 2)
-    for (int32_t i = 0; i < num_parts; i++)
-        for (int32_t h = 0; h < layer.kv_heads; h++)
-            attend_part(step, layer, step.parts[i], h, results, aligned);
+    if (num_parts >= 4 * omp_get_num_threads()) {
+        // A part's heads lie beside each other: one thread reads them.
+#pragma omp for schedule(dynamic, 1)
+        for (int32_t i = 0; i < num_parts; i++)
+            for (int32_t h = 0; h < layer.kv_heads; h++)
+                attend_part(step, layer, step.parts[i], h, results, aligned);
+    } else {
+#pragma omp for collapse(2) schedule(dynamic, 1)
+        for (int32_t i = 0; i < num_parts; i++)
+            for (int32_t h = 0; h < layer.kv_heads; h++)
+                attend_part(step, layer, step.parts[i], h, results, aligned);
+    }
 #pragma omp for collapse(2) schedule(static)
     for (int64_t t = 0; t < tokens; t++)
         for (int32_t h = 0; h < layer.heads; h++)
