@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, ViTConfig
 
 from prefixd_server.config import ModelConfig
 from prefixd_server.errors import UnsupportedModel
+from prefixd_server.models import loader
 from prefixd_server.models.loader import LoadedModel, load_model, resolve_device
 from tests.support.models import tiny_model_folder
 from tests.support.threads import one_thread
@@ -156,3 +157,15 @@ def test_cuda_where_there_is_none() -> None:
     assert resolve_device("auto") == "cpu"
     with pytest.raises(UnsupportedModel, match="--device cuda"):
         resolve_device("cuda")
+
+
+def test_a_model_that_packing_changes_is_refused(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def careless(module: Any, run: Any) -> None:
+        run()
+        module.get_output_embeddings().weight.data.mul_(1.01)
+
+    monkeypatch.setattr(loader, "pack", careless)
+    with pytest.raises(UnsupportedModel, match=r"other logits with packed weights.*--no-pack"):
+        load_model(ModelConfig(model=str(folders["llama"])))

@@ -64,7 +64,16 @@ class AttentionParts:
 def load() -> Kernels | None:
     """The kernels, compiled if need be; None, with a warning, where that cannot be done."""
     try:
-        return Kernels(ctypes.CDLL(str(library(default_folder()))))
+        path = library(default_folder())
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError as error:
+            # Cut short by a full disk, say. Whoever has it loaded keeps the file that it had.
+            log.warning("compiling a library again that does not load: %s", error)
+            path.unlink()
+            library.cache_clear()
+            loaded = ctypes.CDLL(str(library(default_folder())))
+        return Kernels(loaded)
     except (CannotBuild, OSError, AttributeError) as error:
         log.warning("no CPU kernels, serving with torch's own operators: %s", error)
         return None
