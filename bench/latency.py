@@ -43,7 +43,7 @@ class Size(NamedTuple):
     capacity_requests: int
 
 
-SIZES = {"smoke": Size(1, 16, 4, 64), "full": Size(3, 64, 60, 96)}
+SIZES = {"smoke": Size(1, 16, 4, 64), "full": Size(3, 64, 30, 96)}
 MS = 1e3
 COLUMNS = (
     Column("tokens_per_s", "tokens/s"),
