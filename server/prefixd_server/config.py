@@ -26,7 +26,7 @@ class ModelConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if present")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
-        description="auto: float32 on the CPU, bfloat16 on CUDA; int8: linear layers, CPU only",
+        description="auto: float32 on the CPU, bfloat16 on CUDA; int8: linear weights, CPU only",
     )
     max_model_len: int | None = Field(
         None, ge=8, description="longest prefix + prompt + output; default: the model's own"

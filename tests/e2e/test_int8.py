@@ -1,4 +1,5 @@
-"""A tiny model served in int8: each request gets what its own module gives it alone."""
+"""A tiny model served in int8: each request gets what transformers' own gives it alone, with the
+rounded weights in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from prefixd_server.config import ModelConfig
 from prefixd_server.models.loader import load_model
-from prefixd_server.models.quantized import QuantizedLinear, can_quantize
+from prefixd_server.models.packed import can_pack
+from prefixd_server.models.quantized import restored, rounded
 from tests.support.engine import EngineRun, request
 from tests.support.models import load_base, save_peft_prefix, tiny_model_folder
 from tests.support.threads import one_thread
@@ -20,20 +22,22 @@ from tests.support.threads import one_thread
 __all__ = ["one_thread"]
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not can_quantize(torch.device("cpu")), reason="int8 is for x86 with oneDNN"),
+    pytest.mark.skipif(
+        not can_pack(torch.device("cpu"), torch.float32), reason="torch has no oneDNN"
+    ),
 ]
 
 PROMPTS = [list(range(50 + 30 * n, 58 + 33 * n)) for n in range(4)]
 NEW_TOKENS = 8
 
 
-def quantized(folder: Path, prefix: Path | None) -> Any:
-    """transformers' model (and PEFT's prefix) with its layers replaced one by one."""
+def with_rounded_weights(folder: Path, prefix: Path | None) -> Any:
+    """transformers' model (and PEFT's prefix) in float32, its linear layers' weights rounded."""
     model = load_base(folder)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name != "lm_head":
-                setattr(parent, name, QuantizedLinear(child.weight.detach(), child.bias))
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            # A new one: the embedding, which may share the old one, stays.
+            module.weight = nn.Parameter(restored(*rounded(module.weight.detach())))
     return model if prefix is None else PeftModel.from_pretrained(model, prefix).eval()
 
 
@@ -75,7 +79,7 @@ def test_two_prefixes_and_the_base_in_one_batch(tmp_path: Path) -> None:
         )
         run.run()
     for task, prefix in prefixes.items():
-        alone = quantized(folder, prefix)
+        alone = with_rounded_weights(folder, prefix)
         for n, prompt in enumerate(PROMPTS):
             tokens, logprobs = generate_alone(alone, prompt)
             result = run.results[f"{task}-{n}"]

@@ -262,7 +262,7 @@ def test_rms_norms_with_any_weight(kind: type[nn.Module], plus: float, size: int
     module = nn.Sequential(own)
     pack(module)
     assert type(module[0]) is packed.RMSNorm
-    assert module[0]._plus == plus
+    assert module[0].plus == plus
     for scale in (1e-4, 1.0, 1e4):
         x = torch.randn(3, 7, size) * scale
         torch.testing.assert_close(module(x), own(x), atol=1e-5, rtol=1e-5)

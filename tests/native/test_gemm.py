@@ -1,4 +1,5 @@
-"""Products with packed weights against numpy's in float64, with each instruction set's kernels."""
+"""Products with packed weights, in float32 and in int8, against numpy's in float64, with each
+instruction set's kernels."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixd_server.models.quantized import restored
 from prefixd_server.native import kernels
 from prefixd_server.native.build import default_folder, library
-from prefixd_server.native.gemm import Gemm
+from prefixd_server.native.gemm import GROUP, Gemm, PackedWeight
 from tests.support.threads import one_thread
 
 __all__ = ["one_thread"]
@@ -38,6 +40,25 @@ def gemm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     return made
 
 
+@pytest.fixture(params=["float32", "int8"])
+def bits(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def pack(gemm: Gemm, bits: str, *shape: int) -> tuple[Tensor, PackedWeight]:
+    """A weight [out, in], and what is multiplied in its place."""
+    if bits == "float32":
+        return (weight := random(*shape)), gemm.pack(weight)
+    integers, scales = random_int8(*shape)
+    return restored(integers, scales), gemm.pack_int8(integers, scales)
+
+
+def random_int8(*shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    integers = torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
+    return integers, torch.rand(shape[0], -(-shape[1] // GROUP), generator=generator) / 64
+
+
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -53,10 +74,10 @@ def assert_product(
 
 
 @pytest.mark.parametrize("out_features", SIZES)
-def test_every_number_of_rows(gemm: Gemm, out_features: int) -> None:
+def test_every_number_of_rows(gemm: Gemm, bits: str, out_features: int) -> None:
     for in_features in SIZES:
-        weight, bias = random(out_features, in_features), random(out_features)
-        packed = gemm.pack(weight)
+        bias = random(out_features)
+        weight, packed = pack(gemm, bits, out_features, in_features)
         for rows in (*range(1, 18), 31, 32, 33, 40):
             x = random(rows, in_features)
             with_bias = bias if rows % 2 else None
@@ -65,19 +86,26 @@ def test_every_number_of_rows(gemm: Gemm, out_features: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 9, 300])
-def test_deep_sums(gemm: Gemm, rows: int) -> None:
-    weight, bias, x = random(50, DEEP), random(50), random(rows, DEEP)
-    assert_product(gemm.linear(x, gemm.pack(weight), bias), x, weight, bias)
+def test_deep_sums(gemm: Gemm, bits: str, rows: int) -> None:
+    bias, x = random(50), random(rows, DEEP)
+    weight, packed = pack(gemm, bits, 50, DEEP)
+    assert_product(gemm.linear(x, packed, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("in_features", [40, DEEP])
-def test_strides_and_adding(gemm: Gemm, in_features: int) -> None:
-    room = random(3, 60, in_features + 5)
-    weight = room[0, :50, 2 : in_features + 2]
-    x = room[1, :11, 3 : in_features + 3]
+def test_strides_and_adding(gemm: Gemm, bits: str, in_features: int) -> None:
+    columns = slice(2, in_features + 2)
+    x = random(20, in_features + 5)[:11, columns]
+    if bits == "float32":
+        weight = random(60, in_features + 5)[:50, columns]
+        packed = gemm.pack(weight)
+    else:
+        integers = random_int8(60, in_features + 5)[0][:50, columns]
+        scales = random_int8(50, in_features)[1]
+        weight, packed = restored(integers, scales), gemm.pack_int8(integers, scales)
     output = random(11, 70)
     before = output.clone()
-    gemm.add_linear(x, gemm.pack(weight), random(50), output[:, 8:58])
+    gemm.add_linear(x, packed, random(50), output[:, 8:58])
     assert_product(output[:, 8:58], x, weight, random(50), before[:, 8:58])
     assert torch.equal(output[:, :8], before[:, :8]), "wrote before its columns"
     assert torch.equal(output[:, 58:], before[:, 58:]), "wrote after its columns"
@@ -94,20 +122,23 @@ def test_inputs_of_any_layout(gemm: Gemm) -> None:
 
 
 @pytest.mark.parametrize("in_features", [576, DEEP])
-def test_a_row_is_the_same_to_the_bit_in_any_company(gemm: Gemm, in_features: int) -> None:
+def test_a_row_is_the_same_to_the_bit_in_any_company(
+    gemm: Gemm, bits: str, in_features: int
+) -> None:
     """Of rows and of threads; so what a request is answered does not hang on its batch."""
-    packed, x = gemm.pack(random(200, in_features)), random(40, in_features)
-    alone = torch.cat([gemm.linear(row[None], packed) for row in x])
+    _, packed = pack(gemm, bits, 200, in_features)
+    x, bias = random(40, in_features), random(200)
+    alone = torch.cat([gemm.linear(row[None], packed, bias) for row in x])
     for threads in (3, 2, 1):
         torch.set_num_threads(threads)
         for rows in (1, 2, 3, 5, 8, 9, 13, 32, 40):
-            assert torch.equal(gemm.linear(x[:rows], packed), alone[:rows]), (threads, rows)
+            assert torch.equal(gemm.linear(x[:rows], packed, bias), alone[:rows]), (threads, rows)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_spoils_no_other(gemm: Gemm, value: float) -> None:
-    weight, x = random(50, 30), random(13, 30)
-    packed = gemm.pack(weight)
+def test_a_row_that_is_not_finite_spoils_no_other(gemm: Gemm, bits: str, value: float) -> None:
+    _, packed = pack(gemm, bits, 50, 30)
+    x = random(13, 30)
     clean = gemm.linear(x, packed)
     x[4] = value
     output = gemm.linear(x, packed)
@@ -117,9 +148,20 @@ def test_a_row_that_is_not_finite_spoils_no_other(gemm: Gemm, value: float) -> N
 
 
 def test_packed_weights_begin_at_cache_lines_and_share_no_memory(gemm: Gemm) -> None:
-    weights = [random(n, 33) for n in (1, 50, 300, 17)]
-    packed = [gemm.pack(weight) for weight in weights]
-    assert all(p.data.data_ptr() % 64 == 0 for p in packed)
+    made = [pack(gemm, bits, n, 33) for n in (1, 50, 300, 17) for bits in ("float32", "int8")]
+    assert all(packed.data.data_ptr() % 64 == 0 for _, packed in made)
     x = random(5, 33)
-    for weight, p in zip(weights, packed, strict=True):
-        assert_product(gemm.linear(x, p), x, weight, None)
+    for weight, packed in made:
+        assert_product(gemm.linear(x, packed), x, weight, None)
+
+
+@pytest.mark.parametrize("in_features", [1, 63, 64, 66, 576, DEEP])
+def test_int8_is_float32_with_the_restored_weights_to_the_bit(gemm: Gemm, in_features: int) -> None:
+    weight, packed = pack(gemm, "int8", 100, in_features)
+    x = random(9, in_features)
+    assert torch.equal(gemm.linear(x, packed), gemm.linear(x, gemm.pack(weight)))
+
+
+def test_int8_takes_little_more_than_a_quarter_of_the_memory(gemm: Gemm) -> None:
+    floats, integers = (pack(gemm, bits, 96, 640)[1] for bits in ("float32", "int8"))
+    assert len(integers.data) / len(floats.data) == 1 / 4 + 1 / GROUP

@@ -28,7 +28,7 @@ from prefixd_server.kv.pool import TORCH_DTYPES
 from prefixd_server.models.demo import DEMO_NAME, demo_model_folder
 from prefixd_server.models.packed import can_pack, pack
 from prefixd_server.models.probe import observe_geometry, run_packed_step
-from prefixd_server.models.quantized import can_quantize, quantize
+from prefixd_server.models.quantized import quantize
 from prefixd_server.models.record import record
 from prefixd_server.models.seq2seq import DecoderRules, Seq2SeqModel
 from prefixd_server.models.seq2seq_probe import observe_seq2seq_geometry
@@ -67,7 +67,7 @@ class LoadedModel:
     weights: str
     """what the linear layers' weights are kept as: the name of ``dtype``, or int8"""
     program: Program | None = None
-    """the decoder-only ``module`` in one call, for float32 on the CPU"""
+    """the decoder-only ``module`` in one call, for float32 or int8 on the CPU"""
     seq2seq: Seq2SeqModel | None = None
     """an encoder-decoder's ``module``, with what it takes to call it; None: decoder-only"""
     decoder_rules: DecoderRules | None = None
@@ -85,12 +85,12 @@ def load_model(config: ModelConfig) -> LoadedModel:
     dtype: Any = config.dtype
     if dtype == "auto":
         dtype = _default_dtype(device)
-    if dtype == "int8" and not can_quantize(device):
+    computed = "float32" if dtype == "int8" else dtype
+    if dtype == "int8" and not can_pack(device, torch.float32):
         raise UnsupportedModel(
-            f"--dtype int8 is for x86 CPUs (oneDNN); the model would be on {device}"
+            f"--dtype int8 is for CPUs, with oneDNN; the model would be on {device}"
         )
     model_config = _read_config(source)
-    computed = "float32" if dtype == "int8" else dtype
     module = _load_module(source, model_config, TORCH_DTYPES[computed])
     module = module.to(device).eval().requires_grad_(False)
     with _reading(source, "tokenizer"):
@@ -110,15 +110,14 @@ def load_model(config: ModelConfig) -> LoadedModel:
     else:
         geometry = observe_geometry(module, num_layers=text_config.num_hidden_layers)
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
-    program = None
+    packed = dtype == "int8" or (config.pack_weights and can_pack(device, loaded_dtype))
     if dtype == "int8":
         quantize(module, None if encoder_decoder else partial(run_packed_step, module))
-    elif config.pack_weights and can_pack(device, loaded_dtype):
-        if encoder_decoder is not None:
-            pack(module)
-        else:
-            _pack(module)
-            program = record(module, geometry)
+    elif packed and encoder_decoder is not None:
+        pack(module)
+    elif packed:
+        _pack(module)
+    program = record(module, geometry) if packed and encoder_decoder is None else None
     return LoadedModel(
         module=module,
         program=program,

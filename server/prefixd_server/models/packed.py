@@ -19,10 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from prefixd_server.models import rotary
 from prefixd_server.native import kernels
-from prefixd_server.native.gemm import Gemm
+from prefixd_server.native.gemm import Gemm, PackedWeight
 from prefixd_server.native.kernels import Kernels
 
-__all__ = ["FrozenLayer", "MakeLinear", "can_pack", "pack", "pack_linear"]
+__all__ = ["FrozenLayer", "MakeLinear", "PackedLinear", "can_pack", "fast_gemm", "pack"]
+__all__ += ["packed_linear", "packed_linears"]
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def pack(
     ``run`` runs the module once; what it shows to read one input is joined. The replaced layers
     hold no ``weight`` to train or to save. ``linear`` makes the layers that take their places.
     """
-    linear = linear or _packed_linear
+    linear = linear or packed_linear
     joined = _joined(module, run) if run is not None else []
     for parent, names in joined:
         layers = [getattr(parent, name) for name in names]
@@ -73,11 +74,6 @@ def pack(
             setattr(parent, name, activation)
     if loaded is not None:
         rotary.use_kernel(module, loaded)
-
-
-def pack_linear(module: nn.Module) -> nn.Module:
-    """The packed layer in place of a linear one; any other module is returned as it is."""
-    return _packed_linear(*_weight_and_bias(module)) if _is_linear(module) else module
 
 
 def packed_linears(module: nn.Module) -> Iterator[nn.Module]:
@@ -123,18 +119,24 @@ class FrozenLayer(nn.Module):
         raise NotImplementedError
 
 
-def _packed_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+def fast_gemm() -> Gemm | None:
+    """Our own products, where they are faster than oneDNN's."""
     loaded = kernels.load()
-    if loaded is None or loaded.gemm.isa == "generic":
+    return None if loaded is None or loaded.gemm.isa == "generic" else loaded.gemm
+
+
+def packed_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    gemm = fast_gemm()
+    if gemm is None:
         return _OneDNNLinear(weight, bias)
-    return PackedLinear(loaded.gemm, weight, bias)
+    return PackedLinear(gemm, gemm.pack(weight.contiguous()), bias)
 
 
 class PackedLinear(FrozenLayer):
-    def __init__(self, gemm: Gemm, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight.dtype)
-        self.out_features, self.in_features = weight.shape
-        self.packed = gemm.pack(weight.contiguous())
+    def __init__(self, gemm: Gemm, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__(torch.float32)
+        self.out_features, self.in_features = weight.out_features, weight.in_features
+        self.packed = weight
         self.bias = bias if bias is None else bias.contiguous()
         self._linear = gemm.linear
 

@@ -133,7 +133,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(module, PackedLinear):
-            self.note(Kind.LINEAR, args, output, weight=module.packed.data, bias=module.bias)
+            packed = module.packed
+            weight = {"weight": packed.data, "int8": packed.int8}
+            self.note(Kind.LINEAR, args, output, bias=module.bias, **weight)
         elif isinstance(module, RMSNorm):
             numbers = (module.plus, module.epsilon)
             self.note(Kind.RMS_NORM, args, output, weight=module.scale, numbers=numbers)

@@ -1,4 +1,5 @@
-// Products with frozen weights, y = x W^T, in float32. The layout of packed weights depends on the
+// Products with frozen weights, y = x W^T, in float32. Weights may be kept in int8 with a
+// scale for each group of them. The layout of packed weights depends on the
 // CPU: they are packed and used in one process.
 #pragma once
 
@@ -9,7 +10,8 @@ namespace prefixd {
 struct Product {
     const float* x;  // [m, k], rows `x_stride` apart
     int64_t x_stride;
-    const float* packed;
+    const void* packed;
+    bool int8;  // the weights, else float32
     const float* bias;  // [n], or null
     int64_t m, n, k;
     float* y;  // [m, n], rows `y_stride` apart

@@ -1,4 +1,4 @@
-"""Products with frozen float32 weights, which are packed once for this CPU."""
+"""Products with frozen weights, in float32 or int8, which are packed once for this CPU."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from torch import Tensor
 
 from prefixd_server.native.binding import bind
 
-__all__ = ["Gemm", "PackedWeight"]
+__all__ = ["GROUP", "Gemm", "PackedWeight"]
+
+GROUP = 64
+"""weights in int8 of an output, one after another, that share a scale; as in gemm.cpp"""
 
 _LINE = 16
-"""floats of a cache line, which begins each packed weight"""
+"""words of a cache line, which begins each packed weight"""
 _CHUNK = 16 * 2**20
-"""floats that are asked of the system at once"""
+"""words that are asked of the system at once"""
 
 
 class PackedWeight(NamedTuple):
     data: Tensor
-    """[N]; the layout is the CPU's own"""
+    """[N] words of 4 bytes; the layout is the CPU's own"""
     out_features: int
     in_features: int
+    int8: bool = False
+    """else float32"""
 
 
 class Gemm:
@@ -32,13 +37,16 @@ class Gemm:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         tensor = c_void_p
-        self._packed_size = bind(library.prefixd_packed_size, [c_int64, c_int64], c_int64)
+        self._packed_size = bind(library.prefixd_packed_size, [c_int64, c_int64, c_int32], c_int64)
         self._pack = bind(library.prefixd_pack, [tensor, c_int64, c_int64, c_int64, tensor])
+        self._pack_int8 = bind(
+            library.prefixd_pack_int8, [tensor, c_int64, tensor, c_int64, c_int64, tensor]
+        )
         self._gemm = bind(
             library.prefixd_gemm,
             [
-                tensor, c_int64, tensor, tensor, c_int64, c_int64, c_int64, tensor, c_int64,
-                c_int32,
+                tensor, c_int64, tensor, c_int32, tensor, c_int64, c_int64, c_int64, tensor,
+                c_int64, c_int32,
             ],
         )  # fmt: skip
         self.isa: str = bind(library.prefixd_gemm_isa, [], c_char_p)().decode()
@@ -48,9 +56,22 @@ class Gemm:
     def pack(self, weight: Tensor) -> PackedWeight:
         """weight [out, in], its rows contiguous."""
         out_features, in_features = weight.shape
-        data = self._take(self._packed_size(out_features, in_features))
+        data = self._take(self._packed_size(out_features, in_features, 0))
         self._pack(weight.data_ptr(), weight.stride(0), out_features, in_features, data.data_ptr())
         return PackedWeight(data, out_features, in_features)
+
+    def pack_int8(self, weight: Tensor, scales: Tensor) -> PackedWeight:
+        """weight [out, in] in int8, its rows contiguous; scales [out, ceil(in / GROUP)], which
+        its numbers are multiplied by, contiguous. The product is that with these in float32."""
+        out_features, in_features = weight.shape
+        assert scales.is_contiguous()
+        assert scales.shape == (out_features, -(-in_features // GROUP))
+        data = self._take(self._packed_size(out_features, in_features, 1))
+        self._pack_int8(
+            weight.data_ptr(), weight.stride(0), scales.data_ptr(), out_features, in_features,
+            data.data_ptr(),
+        )  # fmt: skip
+        return PackedWeight(data, out_features, in_features, int8=True)
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """x [..., in], bias [out] -> [..., out]"""
@@ -76,14 +97,15 @@ class Gemm:
         stride: int,
         add: int,
     ) -> None:
-        data, out_features, in_features = weight
+        data, out_features, in_features, int8 = weight
         self._gemm(
-            x.data_ptr(), x.stride(0), data.data_ptr(), None if bias is None else bias.data_ptr(),
-            x.shape[0], out_features, in_features, output.data_ptr(), stride, add,
+            x.data_ptr(), x.stride(0), data.data_ptr(), int8,
+            None if bias is None else bias.data_ptr(), x.shape[0], out_features, in_features,
+            output.data_ptr(), stride, add,
         )  # fmt: skip
 
     def _take(self, size: int) -> Tensor:
-        """[size] of memory in huge pages, which spares a tenth of the time of a pass over it."""
+        """[size] words, zeros, in huge pages, which spares a tenth of the time of a pass."""
         size = -(-size // _LINE) * _LINE
         if size > len(self._room):
             pages = mmap.mmap(

@@ -31,7 +31,8 @@ struct Op {
     Operand a, b, c, to;
     int64_t count, size;       // heads and their dimension, or 1 and the number of columns
     int64_t inner;             // LINEAR: columns of the input
-    const float *weight, *bias;  // ROTATE: cosines and sines [positions, D]
+    const float *weight, *bias;  // LINEAR: packed; ROTATE: cosines and sines [positions, D]
+    int64_t int8;              // LINEAR: the weights, else float32
     int64_t flag;              // LINEAR: add to what is there; EMBED: of positions
     int64_t layer, kv_heads, window;
     double first, second;      // the kind's numbers
@@ -129,8 +130,9 @@ INLINE void execute_row(const Op& op, const Run& run, int64_t row) {
 }
 
 INLINE prefixd::Product product_of(const Op& op, const Run& run) {
-    return {at(op.a, run), op.a.stride, op.weight, op.bias, op.kept ? run.kept : run.tokens,
-            op.size, op.inner, at(op.to, run), op.to.stride, op.flag != 0};
+    return {at(op.a, run), op.a.stride, op.weight, op.int8 != 0, op.bias,
+            op.kept ? run.kept : run.tokens, op.size, op.inner, at(op.to, run), op.to.stride,
+            op.flag != 0};
 }
 
 // `end` is behind the last operation: the next product's weights are prefetched.

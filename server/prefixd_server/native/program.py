@@ -89,6 +89,8 @@ class Operation:
     output: Columns
     weight: Tensor | None = None
     """EMBED: [V, C]; LINEAR: packed; norms: [size]"""
+    int8: bool = False
+    """LINEAR: the weight, else float32"""
     bias: Tensor | None = None
     rotary: Rotary | None = None
     numbers: tuple[float, float] = (0.0, 0.0)
@@ -118,7 +120,7 @@ class _Op(Structure):
         ("kind", c_int64), ("kept", c_int64),
         ("a", _Operand), ("b", _Operand), ("c", _Operand), ("to", _Operand),
         ("count", c_int64), ("size", c_int64), ("inner", c_int64),
-        ("weight", c_void_p), ("bias", c_void_p), ("flag", c_int64),
+        ("weight", c_void_p), ("bias", c_void_p), ("int8", c_int64), ("flag", c_int64),
         ("layer", c_int64), ("kv_heads", c_int64), ("window", c_int64),
         ("first", c_double), ("second", c_double),
     ]  # fmt: skip
@@ -228,6 +230,7 @@ class Program:
             inner=op.inputs[0].width if op.inputs else 0,
             weight=_address(op.weight),
             bias=_address(op.bias),
+            int8=op.int8,
             flag=op.flag,
             layer=op.layer,
             kv_heads=op.inputs[1].count if op.kind is Kind.ATTEND else 0,
