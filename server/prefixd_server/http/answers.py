@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,6 +26,7 @@ FinishWord = Literal["length", "eos_token", "stop_sequence"]
 _TOKENS = (
     "P of the decoder; of a prefix without that site the encoder's, else the cross-attention's"
 )
+_Shape = Annotated[list[int], Field(min_length=4, max_length=4)]
 _SITES = "site → [L, H_kv, P, D]; each site has its own P"
 
 
@@ -87,7 +88,7 @@ class UploadAnswer(BaseModel):
     version: int
     sha256: str
     num_virtual_tokens: int = Field(description=_TOKENS)
-    sites: dict[str, tuple[int, int, int, int]] = Field(description=_SITES)
+    sites: dict[str, _Shape] = Field(description=_SITES)
     format: str
     bytes: int
     created_at: datetime
@@ -100,7 +101,7 @@ class VersionAnswer(BaseModel):
     sha256: str
     num_virtual_tokens: int = Field(description=_TOKENS)
     query_offset: int = Field(description="0, or P: each stream begins behind its own prefix")
-    sites: dict[str, tuple[int, int, int, int]] = Field(description=_SITES)
+    sites: dict[str, _Shape] = Field(description=_SITES)
     dtype: str
     format: str
     bytes: int
