@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +114,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with ExitStack() as stack:
             for child in (*module.modules(), *packed_linears(module)):
                 stack.enter_context(_hooked(child, self._after))
-            stack.enter_context(mock.patch.object(loaded, "rotate", self._noting_rotate(loaded)))
+            stack.enter_context(_rotating_with(loaded, self._noting_rotate(loaded)))
             stack.enter_context(self)
             output = module(**arguments, use_cache=False, attention_plan=_NotingPlan(self))
         logits: Tensor = output.logits
@@ -210,3 +209,12 @@ def _hooked(module: nn.Module, after: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _rotating_with(loaded: kernels.Kernels, rotate: Callable[..., Tensor]) -> Iterator[None]:
+    loaded.rotate = rotate  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del loaded.rotate  # the class's own again
