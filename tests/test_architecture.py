@@ -57,7 +57,7 @@ ROOMS = {
         (
             *LEAVES,
             "prefixd_server.attention",
-            "prefixd_server.kv.pool",  # its table of dtypes
+            "prefixd_server.kv.pool",  # its dtypes, and pages to try a program on
             "prefixd_server.native",
             # What a model is, in the words in which the prefix format names it.
             "prefixd_store.geometry",

@@ -15,7 +15,7 @@ from prefixd_server.native.binding import bind
 __all__ = ["GROUP", "Gemm", "PackedWeight"]
 
 GROUP = 64
-"""weights in int8 of an output, one after another, that share a scale; as in gemm.cpp"""
+"""weights in int8 of an output, one after another, that share a scale; as in gemm_tile.h"""
 
 _LINE = 16
 """words of a cache line, which begins each packed weight"""

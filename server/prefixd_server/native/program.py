@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefixd_server.native.binding import bind
 from prefixd_server.native.kernels import AttentionParts, Kernels
 
 __all__ = ["Buffer", "Columns", "Kind", "Operation", "Program", "Rotary"]
@@ -72,14 +73,13 @@ class Rotary:
     make: Callable[[Tensor], tuple[Tensor, Tensor]]
     tables: tuple[Tensor, Tensor] | None = None
 
-    def grow(self, positions: int) -> bool:
-        """Whether the tables have moved."""
-        if self.tables is not None and len(self.tables[0]) >= positions:
-            return False
-        known = 1 << max(8, math.ceil(math.log2(positions)))
-        cosine, sine = self.make(torch.arange(known)[None])
-        self.tables = (cosine[0].contiguous(), sine[0].contiguous())
-        return True
+    def covering(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Both tables, [at least ``positions``, D]."""
+        if self.tables is None or len(self.tables[0]) < positions:
+            length = 1 << max(8, math.ceil(math.log2(positions)))
+            cosine, sine = self.make(torch.arange(length)[None])
+            self.tables = (cosine[0].contiguous(), sine[0].contiguous())
+        return self.tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +143,7 @@ class Program:
 
     def __init__(self, kernels: Kernels, operations: Sequence[Operation]) -> None:
         """The last operation writes the logits [kept, V]."""
-        self._execute: Any = kernels.library.prefixd_run
-        self._execute.argtypes = [POINTER(_Op), c_int64, POINTER(_Run)]
-        self._execute.restype = None
+        self._execute = bind(kernels.library.prefixd_run, [POINTER(_Op), c_int64, POINTER(_Run)])
         self.operations = list(operations)
         self._logits = operations[-1].output.buffer
         self._places, self._row_size = _arrange(self.operations, self._logits)
@@ -198,9 +196,8 @@ class Program:
         if positions <= self._known_positions:
             return
         for index, rotary in self._rotary:
-            rotary.grow(positions)
-            assert rotary.tables is not None
-            self._ops[index].weight, self._ops[index].bias = (t.data_ptr() for t in rotary.tables)
+            cosine, sine = rotary.covering(positions)
+            self._ops[index].weight, self._ops[index].bias = cosine.data_ptr(), sine.data_ptr()
         self._known_positions = positions
 
     def _addresses(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Any, Any]:
