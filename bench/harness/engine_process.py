@@ -16,7 +16,7 @@ import peer  # isort: skip
 import typer
 from prompts import prompts
 
-from prefixd_server.cli import load_config, register
+from prefixd_server.cli import freeze_heap, load_config, register
 from prefixd_server.config import Config
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.types import EngineRequest, Output, SamplingParams
@@ -103,6 +103,7 @@ def config_of(flags: Sequence[str]) -> Config:
 def main() -> None:
     engine = Engine(config_of(sys.argv[1:]))
     engine.server.start()
+    freeze_heap()
     try:
         settings = {"attention": engine.server.config.model.attention}
         peer.serve(engine.run, peer.versions("prefixd", "torch") | settings, engine.memory)
