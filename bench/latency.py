@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import numpy as np
 import uvloop
 from harness.alternate import Case, Figures, take_turns
-from harness.load import Ask, Reply, closed_loop, latencies, open_loop
+from harness.load import Ask, Connection, Reply, closed_loop, latencies, open_loop
 from harness.machine import describe
 from harness.options import Options, parser
 from harness.prefixes import fill_store, task_names
@@ -96,23 +95,23 @@ async def _swap(url: str, per_second: int) -> list[float]:
     """Activate until cancelled; the seconds that each took, from the moment when it was due."""
     took: list[float] = []
     pending: set[asyncio.Task[None]] = set()
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    connection = Connection(url)
 
-        async def activate(number: int, due: float) -> None:
-            body = {"version": 2 - (number // TASKS) % 2}
-            answer = await client.post(f"/v1/tasks/task-{number % TASKS}/activate", json=body)
-            answer.raise_for_status()
-            took.append(time.perf_counter() - due)
+    async def activate(number: int, due: float) -> None:
+        body = {"version": 2 - (number // TASKS) % 2}
+        await connection.post(f"/v1/tasks/task-{number % TASKS}/activate", body)
+        took.append(time.perf_counter() - due)
 
-        start, number = time.perf_counter(), 0
-        try:
-            while True:
-                due = start + number / per_second
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                pending.add(asyncio.create_task(activate(number, due)))
-                number += 1
-        except asyncio.CancelledError:
-            await asyncio.gather(*pending)
+    start, number = time.perf_counter(), 0
+    try:
+        while True:
+            due = start + number / per_second
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            pending.add(asyncio.create_task(activate(number, due)))
+            number += 1
+    except asyncio.CancelledError:
+        await asyncio.gather(*pending)
+        connection.close()
     return took
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import uvloop
 from peers.common.prompts import prompts
 
-__all__ = ["Ask", "Reply", "batch", "closed_loop", "latencies", "open_loop"]
+__all__ = ["Ask", "Connection", "Reply", "batch", "closed_loop", "latencies", "open_loop"]
 
 
 class Ask(NamedTuple):
@@ -111,6 +111,38 @@ async def _ask(url: str, ask: Ask, due: float) -> Reply:
         status = answer.status.decode().strip()
         raise RuntimeError(f"{ask.task}: {status}, {len(answer.tokens_at)} tokens")
     return Reply(due, answer.tokens_at)
+
+
+class Connection:
+    """Posts JSON over one connection, one request after another."""
+
+    def __init__(self, url: str) -> None:
+        self._address = urlsplit(url)
+        self._turn = asyncio.Lock()
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def post(self, path: str, body: dict[str, Any]) -> None:
+        """Raises RuntimeError unless the answer is 200."""
+        data = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: {self._address.netloc}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        async with self._turn:
+            if self._streams is None:
+                host, port = self._address.hostname, self._address.port
+                self._streams = await asyncio.open_connection(host, port)
+            reader, writer = self._streams
+            writer.write(head.encode() + data)
+            answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+            _, _, length = answer.partition(b"content-length: ")
+            text = await reader.readexactly(int(length.split(b"\r\n", 1)[0]))
+        if b" 200 " not in answer.split(b"\r\n", 1)[0]:
+            raise RuntimeError(f"{path}: {text.decode()}")
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
 
 
 class _Answer(asyncio.Protocol):

@@ -33,7 +33,7 @@ from prefixd_store.base import (
     is_sha256,
     make_change,
 )
-from prefixd_store.disk_feed import EventLog
+from prefixd_store.disk_feed import EventLog, NotLines
 from prefixd_store.disk_files import (
     TempFile,
     make_folder,
@@ -237,14 +237,14 @@ class DiskStore(RecordStore):
                     self._recover(lock)
         try:
             return self._feed.read(after)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotLines):
             with self._exclusive():
                 self._feed.ensure()
             return self._feed.read(after)
 
     @os_errors()
     def ping(self) -> None:
-        self._feed.read(None)
+        self._read_feed(None)
         if not os.access(self._tmp, os.W_OK):
             raise StoreUnavailable(f"the disk store cannot write to {self._tmp}")
 

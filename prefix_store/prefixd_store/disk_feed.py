@@ -4,6 +4,9 @@ The first line names the log's *generation*; a cursor is ``<generation>:<offset 
 line>``. A log that has grown too long is replaced by an empty one of a new generation, and readers
 of the old one are told to read everything anew. Appends happen under the store's lock, reads need
 none: only complete lines count.
+
+The log is for processes that run. A power loss may take its end, which nobody is left to miss, or
+leave anything there: what is not lines is replaced, too.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ from typing import BinaryIO
 from prefixd_store.disk_files import replace_file
 from prefixd_store.records import Event
 
-__all__ = ["EventLog"]
+__all__ = ["EventLog", "NotLines"]
 
 _READ_LIMIT = 1 << 20
 _TAIL = 4096  # longer than any line: two names of at most 128 characters and a revision
 _GENERATION = 32  # hex digits
+
+
+class NotLines(Exception):
+    """What a machine that lost its power left of the log."""
 
 
 class EventLog:
@@ -31,12 +38,11 @@ class EventLog:
         self._max_bytes = max_bytes
 
     def ensure(self) -> None:
-        """Start the log if there is none. Needs the store's lock."""
+        """Start the log if there is none, or none that can go on. Needs the store's lock."""
         try:
-            size = self._path.stat().st_size
-        except FileNotFoundError:
-            size = 0
-        if size <= _GENERATION:
+            with self._path.open("rb") as log:
+                _complete_end(log)
+        except (FileNotFoundError, NotLines):
             self._start_generation()
 
     def append(self, event: Event) -> None:
@@ -49,10 +55,9 @@ class EventLog:
             log.truncate(_complete_end(log))
             log.seek(0, os.SEEK_END)
             log.write(line)
-            os.fsync(log.fileno())
 
     def read(self, after: str | None) -> list[Event]:
-        """Events after the cursor, or one reset if they cannot be told."""
+        """Events after the cursor, or one reset if they cannot be told. Raises NotLines."""
         with self._path.open("rb") as log:
             generation = log.read(_GENERATION).decode(errors="replace")
             start = _offset(log, generation, after)
@@ -66,11 +71,14 @@ class EventLog:
 
 
 def _complete_end(log: BinaryIO) -> int:
-    """The offset after the last complete line."""
+    """The offset after the last complete line. Raises NotLines if there is none near the end."""
     size = log.seek(0, os.SEEK_END)
     base = max(0, size - _TAIL)
     log.seek(base)
-    return base + log.read(size - base).rfind(b"\n") + 1
+    end = base + log.read(size - base).rfind(b"\n") + 1
+    if end <= max(base, _GENERATION):
+        raise NotLines
+    return end
 
 
 def _offset(log: BinaryIO, generation: str, after: str | None) -> int | None:

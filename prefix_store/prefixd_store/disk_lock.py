@@ -3,6 +3,9 @@
 The lock file is empty except while a task is being changed, when it names that task. A writer that
 dies on the way leaves the name behind; whoever takes the lock next finds it and tells the feed
 about that task as it now is, so a record can never have changed without an event.
+
+None of it needs to reach the device: the intent is for readers of the feed that outlive a writer,
+and none outlives the machine's memory. Who starts after a power loss reads all records anew.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ class HeldLock:
         self._fd = fd
 
     def read_intent(self) -> tuple[str, str] | None:
-        """(tenant, task) that a dead holder was changing. A torn intent is none: it is durable
-        before the change begins."""
+        """(tenant, task) that a dead holder was changing. A torn intent is none: the change had not
+        begun."""
         try:
             tenant, task = json.loads(os.pread(self._fd, 4096, 0))
         except ValueError:
@@ -34,10 +37,9 @@ class HeldLock:
 
     def write_intent(self, tenant: str, task: str) -> None:
         os.pwrite(self._fd, json.dumps([tenant, task]).encode(), 0)
-        os.fsync(self._fd)
 
     def clear_intent(self) -> None:
-        os.ftruncate(self._fd, 0)  # lost in a crash: one event too many, which is harmless
+        os.ftruncate(self._fd, 0)  # if not: one event too many, which is harmless
 
 
 class StoreLock:

@@ -199,6 +199,25 @@ def test_a_damaged_event_resets_the_reader(
     assert (replica.resets, list(replica.tasks)) == (2, [(TENANT, "e2e")])
 
 
+@pytest.mark.parametrize("before", [0, 7, 33, 1 << 20])
+@pytest.mark.parametrize("zeros", [0, 1, 4096, 10_000])
+def test_what_a_power_loss_left_of_the_log_does_not_stop_the_feed(
+    root: Path, disk: DiskStore, blob: MakeBlob, before: int, zeros: int
+) -> None:
+    put(disk, "e2e", blob())
+    log = root / "events.log"
+    log.write_bytes(log.read_bytes()[:before] + bytes(zeros))
+    replica = Replica(disk)
+    put(disk, "e2e", blob())
+    put(disk, "other", blob())
+    replica.follow()
+    assert replica.tasks.keys() == {(TENANT, "e2e"), (TENANT, "other")}
+    (event,) = disk.events(None, timeout=0)
+    put(disk, "e2e", blob())
+    (told,) = disk.events(event.cursor, timeout=0)
+    assert (told.kind, told.task) == ("put", "e2e"), "no reset after reset"
+
+
 @pytest.mark.parametrize("restored", ["missing", "empty"])
 def test_a_store_restored_without_its_log_resets(
     root: Path, disk: DiskStore, blob: MakeBlob, restored: str

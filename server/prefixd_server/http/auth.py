@@ -11,7 +11,7 @@ from prefixd_store.records import DEFAULT_TENANT
 __all__ = ["Tenant", "current_tenant"]
 
 
-def current_tenant(request: Request) -> str:
+async def current_tenant(request: Request) -> str:
     request.state.log["tenant"] = DEFAULT_TENANT
     return DEFAULT_TENANT
 

@@ -102,7 +102,7 @@ class Services:
         self._upload_threads.shutdown(wait=False, cancel_futures=True)
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     services: Any = request.app.state.services
     assert isinstance(services, Services)
     return services
