@@ -61,7 +61,12 @@ class CacheConfig(_Section):
 
 class SchedulerConfig(_Section):
     max_num_seqs: int = Field(128, ge=1, description="sequences in a batch")
-    max_num_batched_tokens: int = Field(512, ge=1, description="tokens in a step, decodes first")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="tokens in a step, decodes first; default: 512, on CUDA 2048"
+    )
+    max_prefill_tokens: int | None = Field(
+        None, ge=1, description="of prompts, in a step with decodes; default: 128, on CUDA 512"
+    )
     max_queue: int = Field(1024, ge=1, description="waiting sequences before 429")
 
 

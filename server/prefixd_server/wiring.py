@@ -133,8 +133,11 @@ class Server:
     def _make_engine(self, pool: KVPool) -> Engine:
         config, model = self.config, self.model
         backend = _make_backend(config.model.attention, pool)
+        on_cuda = model.device.type == "cuda"
         max_num_seqs = config.scheduler.max_num_seqs
-        max_num_batched_tokens = config.scheduler.max_num_batched_tokens
+        max_num_batched_tokens = config.scheduler.max_num_batched_tokens or (
+            2048 if on_cuda else 512
+        )
         return Engine(
             self.mailbox,
             Admission(
@@ -152,6 +155,8 @@ class Server:
                 self.residency,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                # bench/prefill.py: how long a long prompt holds up the others.
+                max_prefill_tokens=config.scheduler.max_prefill_tokens or (512 if on_cuda else 128),
                 # An encoder-decoder's prompt is one token: its text goes through the encoder.
                 prompt_cache=config.cache.prompt_cache and model.seq2seq is None,
             ),

@@ -93,6 +93,8 @@ class Decision:
     scheduled: list[tuple[str, int]] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    decoded: int | None = None
+    """tokens of decodes; None as long as they are being decided"""
 
 
 @dataclass
@@ -101,6 +103,7 @@ class Oracle:
     page_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_prefill_tokens: int
     caches: bool = False
     items: list[Item] = field(default_factory=list)
     prefixes: dict[str, Prefix] = field(default_factory=dict)
@@ -134,12 +137,17 @@ class Oracle:
         decision = Decision()
         someone_waits = False
         decodes = [item for item in self.running() if item.todo == 1]
-        for item in decodes + [item for item in self.running() if item.todo > 1]:
+        prefills = [item for item in self.running() if item.todo > 1]
+        for number, item in enumerate([*decodes, *prefills]):
+            if number == len(decodes):
+                decision.decoded = sum(tokens for _, tokens in decision.scheduled)
             tokens = min(item.todo, self._left(decision) // item.width)
             if item.running and not tokens:
                 someone_waits = True
             elif item.running and self._grow(item, tokens, decision):
                 decision.scheduled += [(item.id, tokens)] * item.width
+        if not prefills:
+            decision.decoded = sum(tokens for _, tokens in decision.scheduled)
         if not decision.preempted and not someone_waits:
             for item in self._admitted(decision):
                 decision.scheduled.append((item.id, min(item.todo, self._left(decision))))
@@ -223,7 +231,11 @@ class Oracle:
         item.stop()
 
     def _left(self, decision: Decision) -> int:
-        return self.max_num_batched_tokens - sum(tokens for _, tokens in decision.scheduled)
+        total = sum(tokens for _, tokens in decision.scheduled)
+        left = self.max_num_batched_tokens - total
+        if decision.decoded:
+            return min(left, self.max_prefill_tokens - (total - decision.decoded))
+        return left
 
     def _pages(self, tokens: int) -> int:
         return (tokens + self.page_size - 1) // self.page_size

@@ -97,6 +97,7 @@ class World:
         page_size: int = 4,
         max_num_seqs: int = 4,
         max_num_batched_tokens: int = 16,
+        max_prefill_tokens: int = 16,
         prompt_cache: bool = False,
     ) -> None:
         self.allocator = PageAllocator(num_pages, page_size)
@@ -104,6 +105,7 @@ class World:
         limits = {
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
+            "max_prefill_tokens": max_prefill_tokens,
         }
         self.scheduler = Scheduler(
             self.allocator, self.prefixes, prompt_cache=prompt_cache, **limits

@@ -28,6 +28,7 @@ def fresh_world(rng: Random) -> World:
         page_size=rng.choice([1, 1, 4, 16]),
         max_num_seqs=rng.randint(2, 12),
         max_num_batched_tokens=rng.choice([2, 8, 40, 40]),
+        max_prefill_tokens=rng.choice([2, 8, 40, 40]),
         prompt_cache=rng.random() < 0.7,
     )
     for i in range(rng.randint(0, 4)):
@@ -84,7 +85,7 @@ def test_the_traces_are_not_trivial() -> None:
     assert sum(world.num_forks for world in worlds) > 100
     assert sum(world.num_forks_again for world in worlds) > 4
     caches = [world.scheduler.prompt_cache for world in worlds]
-    assert sum(cache.num_hit_tokens for cache in caches) > 200
+    assert sum(cache.num_hit_tokens for cache in caches) > 100
     assert sum(cache.pages.num_evictions for cache in caches) > 500
 
 
@@ -94,6 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 4]),
         max_num_seqs=st.integers(1, 4),
         max_num_batched_tokens=st.sampled_from([1, 4, 30]),
+        max_prefill_tokens=st.sampled_from([1, 4, 30]),
         sizes=st.lists(st.integers(1, 5), max_size=3),
         pinned=st.integers(0, 7),
         prompt_cache=st.booleans(),
@@ -104,6 +106,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_prefill_tokens: int,
         sizes: list[int],
         pinned: int,
         prompt_cache: bool,
@@ -113,6 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             page_size=page_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_prefill_tokens=max_prefill_tokens,
             prompt_cache=prompt_cache,
         )
         for i, size in enumerate(sizes):
@@ -183,6 +187,18 @@ def test_decodes_come_before_prefill_chunks_and_chunks_fill_the_budget() -> None
     world.arrive(20)
     assert world.step() == [("r0001", 1), ("r0002", 1), ("r0003", 6)]
     assert world.step() == [("r0002", 1), ("r0003", 7)]
+
+
+def test_prompts_beside_decodes_have_a_budget_of_their_own() -> None:
+    world = World(num_pages=40, max_num_batched_tokens=16, max_prefill_tokens=4)
+    world.arrive(18, new=4)
+    assert world.step() == [("r0001", 16)], "alone it holds up nobody"
+    assert world.step() == [("r0001", 2)]
+    world.arrive(6)
+    world.arrive(3)
+    assert world.step() == [("r0001", 1), ("r0002", 4)]
+    assert world.step() == [("r0001", 1), ("r0002", 2), ("r0003", 2)]
+    assert world.step() == [("r0001", 1), ("r0003", 1)]
 
 
 def test_priority_then_arrival_decides_who_is_admitted() -> None:

@@ -1,9 +1,11 @@
 """Who runs in the next step, and with how many tokens. No tensors, no model.
 
 Each step has a budget of tokens. Running sequences come first, decodes before prefill chunks, then
-waiting ones are admitted in order of (priority, arrival). Admission reserves the prefix's lease and
-the pages of all tokens known so far, or changes nothing. A sequence whose prefix is still loading
-is passed over; one that lacks pages holds back those behind it, so that it is not starved.
+waiting ones are admitted in order of (priority, arrival). Beside decodes, prompts have a smaller
+budget of their own: the longer a step, the longer those wait for their next token. Admission
+reserves the prefix's lease and the pages of all tokens known so far, or changes nothing. A sequence
+whose prefix is still loading is passed over; one that lacks pages holds back those behind it, so
+that it is not starved.
 
 An encoder-decoder's encoder runs whole, in the step that admits its sequence. The first that is
 admitted in a step may be longer than the budget, or a long text would never run.
@@ -69,13 +71,16 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_prefill_tokens: int | None = None,
         prompt_cache: bool = False,
     ) -> None:
+        """``max_prefill_tokens``: of prompts, in a step with decodes; None: what those leave."""
         self.allocator = allocator
         self.prefixes = prefixes
         self.prompt_cache = PromptCache(allocator, enabled=prompt_cache)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_prefill_tokens = max_prefill_tokens or max_num_batched_tokens
         self.waiting: list[Sequence] = []  # kept in order
         self.running: list[Sequence] = []  # kept in order
         self.num_preemptions = 0
@@ -138,12 +143,22 @@ class Scheduler:
 
     def _schedule_running(self) -> tuple[list[Scheduled], int]:
         self._preempted = False
-        budget = self.max_num_batched_tokens
         scheduled: list[Scheduled] = []
-        passed_over = False
         decodes = [s for s in self.running if s.branches[0].num_uncomputed == 1]
         prefills = [s for s in self.running if s.branches[0].num_uncomputed > 1]
-        for sequence in decodes + prefills:
+        budget, some_wait = self._in_turn(decodes, self.max_num_batched_tokens, scheduled)
+        if scheduled:
+            budget = min(budget, self.max_prefill_tokens)
+        budget, more_wait = self._in_turn(prefills, budget, scheduled)
+        # Beams that the step had no room for would wait for ever if others kept arriving.
+        return scheduled, 0 if some_wait or more_wait else budget
+
+    def _in_turn(
+        self, sequences: list[Sequence], budget: int, scheduled: list[Scheduled]
+    ) -> tuple[int, bool]:
+        """Returns what is left of the budget, and whether beams were passed over."""
+        passed_over = False
+        for sequence in sequences:
             if budget == 0:
                 break
             if sequence.status is not Status.RUNNING:
@@ -157,8 +172,7 @@ class Scheduler:
                 continue
             scheduled += [Scheduled(branch, num_tokens) for branch in branches]
             budget -= num_tokens * len(branches)
-        # Beams that the step had no room for would wait for ever if others kept arriving.
-        return scheduled, 0 if passed_over else budget
+        return budget, passed_over
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give it pages to write ``num_tokens`` more in, preempting from the end of the order.
