@@ -62,6 +62,18 @@ const char* panel_at(const Product& p, Range depth, int64_t panel) {
     return (const char*)p.packed + place_of(p.n, depth, panel, p.int8) * WORD;
 }
 
+// The next lines for a tile to fetch that reads so many rows of words.
+void take(Wanted& wanted, int64_t rows, Tile& tile) {
+    if (wanted.at == wanted.end && wanted.other) {
+        wanted.array = wanted.other;
+        wanted.other = nullptr;
+        wanted.at = wanted.lines;
+    }
+    tile.array = wanted.array;
+    tile.wanted = wanted.at;
+    tile.wanted_end = wanted.at += std::min<int64_t>(rows, wanted.end - wanted.at);
+}
+
 // Some tiles of rows over one panel; `after` is the panel that this thread multiplies next, or null.
 void multiply_panel(const Product& p, Range depth, int64_t panel, Range tiles, const char* after) {
     const int64_t width = kernels().width, column = panel * width;
@@ -83,7 +95,11 @@ void multiply_panel(const Product& p, Range depth, int64_t panel, Range tiles, c
         const Range rows = part_of(p.m, t, tiles_of(p));
         tile.x = p.x + rows.first * p.x_stride + depth.first;
         tile.y = p.y + rows.first * p.y_stride + column;
+        // Where there are tiles without a line of the next panel to fetch, or this is the last one.
+        if (p.wanted && tiles.size() > 1 && (tile.lines == 0 || t + 1 == tiles.end))
+            take(*p.wanted, tile.depth / (p.int8 ? WORD : 1), tile);
         by_rows[rows.size() - 1](tile);
+        tile.wanted = tile.wanted_end;
         tile.ahead += words * tile.lines * LINE;
         if (tile.ahead >= end) tile.lines = 0;
     }

@@ -7,6 +7,16 @@
 
 namespace prefixd {
 
+constexpr int64_t LINE = 64;  // bytes
+
+// Cache lines of two arrays that are read soon, the same of each. Products fetch them on the side.
+struct Wanted {
+    const int32_t *lines = nullptr, *end = nullptr;  // numbers of lines, from where an array begins
+    const char* array = nullptr;  // of which `at` is the next to fetch
+    const char* other = nullptr;  // whose turn is next, or null
+    const int32_t* at = nullptr;
+};
+
 struct Product {
     const float* x;  // [m, k], rows `x_stride` apart
     int64_t x_stride;
@@ -18,6 +28,7 @@ struct Product {
     int64_t y_stride;
     bool add;  // to what y holds
     const Product* next = nullptr;  // what the team multiplies after this, or null
+    Wanted* wanted = nullptr;  // this thread's, or null
 };
 
 // One thread's share; each thread of a team calls it. None waits for another: x must be whole before

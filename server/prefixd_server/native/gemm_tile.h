@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "gemm.h"
+
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -16,8 +18,8 @@ namespace {
 
 constexpr int VECTORS = 3;  // of columns in a panel
 constexpr int MOST_ROWS = 8;  // of a tile
-constexpr int64_t LINE = 64;  // bytes
 constexpr int64_t WORD = 4;  // bytes
+constexpr int SECOND_CACHE = 2;  // for __builtin_prefetch
 constexpr int64_t GROUP = 64;  // of a column's weights in int8, which share a scale
 
 struct Tile {
@@ -32,6 +34,8 @@ struct Tile {
     bool add;
     const char* ahead;  // what to prefetch,
     int64_t lines;  // so many for each row of words
+    const char* array;  // and of this
+    const int32_t *wanted, *wanted_end;  // these lines, one for each row of words
 };
 
 template <int LANES>
@@ -108,6 +112,7 @@ INLINE void multiply(const Tile& tile) {
     const float *x = tile.x, *words = (const float*)tile.panel, *scales = words;
     const float* end = x + tile.depth;
     const char* ahead = tile.ahead;
+    const int32_t* wanted = tile.wanted;
     while (x < end) {
         int64_t depth = end - x;
         if (WEIGHTS > 1) {
@@ -119,6 +124,8 @@ INLINE void multiply(const Tile& tile) {
         const float* whole = x + depth / WEIGHTS * WEIGHTS;
         for (; x < whole; x += WEIGHTS, words += WIDTH) {
             ahead = prefetch(ahead, tile.lines);
+            if (wanted < tile.wanted_end)
+                __builtin_prefetch(tile.array + *wanted++ * LINE, 0, SECOND_CACHE);
             UNROLL for (int part = 0; part < WEIGHTS; part++)
                 step<LANES, ROWS, WEIGHTS>(x + part, tile.x_stride, words, scales, part, sums);
         }

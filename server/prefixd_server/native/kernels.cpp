@@ -66,7 +66,7 @@ void prefixd_rms_norm(const float* from, const float* weight, float plus, float 
 // A whole forward pass, see program.h.
 void prefixd_run(const Op* ops, int64_t num_ops, const Run* run) {
 #pragma omp parallel
-    for (int64_t i = 0; i < num_ops; i++) execute(ops[i], ops + num_ops, *run);
+    execute_all(ops, num_ops, *run);
 }
 
 }  // extern "C"

@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "lookahead.h"
 #include "pointwise.h"
 
 namespace {
@@ -136,8 +137,9 @@ INLINE prefixd::Product product_of(const Op& op, const Run& run) {
 }
 
 // `end` is behind the last operation: the next product's weights are prefetched.
-INLINE void execute_linear(const Op& op, const Op* end, const Run& run) {
+INLINE void execute_linear(const Op& op, const Op* end, const Run& run, prefixd::Wanted& wanted) {
     prefixd::Product product = product_of(op, run), following;
+    product.wanted = &wanted;
     const Op* other = &op + 1;
     while (other < end && other->kind != LINEAR) other++;
     if (other < end) {
@@ -147,18 +149,42 @@ INLINE void execute_linear(const Op& op, const Op* end, const Run& run) {
     prefixd::gemm_in_team(product, omp_get_thread_num(), omp_get_num_threads());
 }
 
+// From `op` on, the next attention's keys and values are what this thread wants.
+INLINE void want_next(const Op* op, const Op* end, const Run& run, const Lookahead& lookahead,
+                      prefixd::Wanted& wanted) {
+    while (op < end && op->kind != ATTEND) op++;
+    wanted = op < end ? lookahead.of(run.keys[op->layer], run.values[op->layer])
+                      : prefixd::Wanted{};
+}
+
 // Called by all threads of the team; ends with a barrier.
-INLINE void execute(const Op& op, const Op* end, const Run& run) {
+INLINE void execute(const Op& op, const Op* end, const Run& run, prefixd::Wanted& wanted) {
     const int64_t rows = op.kept ? run.kept : run.tokens;
     switch (op.kind) {
         case LINEAR:
-            execute_linear(op, end, run);
+            execute_linear(op, end, run, wanted);
 #pragma omp barrier
             break;
         case ATTEND: execute_attention(op, run); break;
         default:
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < rows; row++) execute_row(op, run, row);
+    }
+}
+
+// All of it; called by all threads of the team.
+INLINE void execute_all(const Op* ops, int64_t num_ops, const Run& run) {
+    static thread_local Lookahead lookahead;
+    const Op *end = ops + num_ops, *attention = ops;
+    while (attention < end && attention->kind != ATTEND) attention++;
+    if (attention < end)
+        lookahead.plan(run.parts, run.num_parts, run.pages, run.page_size,
+                       attention->kv_heads * attention->size * sizeof(float));
+    prefixd::Wanted wanted;
+    want_next(ops, end, run, lookahead, wanted);
+    for (const Op* op = ops; op < end; op++) {
+        execute(*op, end, run, wanted);
+        if (op->kind == ATTEND) want_next(op + 1, end, run, lookahead, wanted);
     }
 }
 
