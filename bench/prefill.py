@@ -1,7 +1,7 @@
-"""How long a long prompt holds up the others, by tokens a step: ``python bench/prefill.py``.
+"""How long a long prompt holds up the others, by the size of its pieces: ``python bench/prefill.py``.
 
 Short requests are always in flight, and one client sends prompts of a thousand tokens one after
-another, which are read in pieces of what ``--max-num-batched-tokens`` leaves beside the decodes.
+another, which are read in pieces of ``--max-prefill-tokens`` beside the decodes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Size(NamedTuple):
     new_tokens: int
     requests: int
     long_prompts: int
-    budgets: tuple[int, ...]
+    pieces: tuple[int, ...]
 
 
 SIZES = {
@@ -74,11 +74,12 @@ def main() -> None:
         store = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "store"
         fill_store(store, task_names(STREAMS), options.geometry, NUM_VIRTUAL_TOKENS)
         cases = []
-        for budget in size.budgets:
-            flags = options.flags(store, f"--max-num-batched-tokens={budget}")
+        for piece in size.pieces:
+            limits = (f"--max-num-batched-tokens={piece + 128}", f"--max-prefill-tokens={piece}")
+            flags = options.flags(store, *limits)
             served = stack.enter_context(serve(flags))
             run(served.url, size._replace(new_tokens=4, requests=STREAMS, long_prompts=1))
-            cases.append(Case(f"{budget} tokens a step", partial(run, served.url, size)))
+            cases.append(Case(f"pieces of {piece}", partial(run, served.url, size)))
         take_turns(cases, rounds)
     report = Report(
         "prefill",
