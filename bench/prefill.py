@@ -1,4 +1,4 @@
-"""How long a long prompt holds up the others, by the size of its pieces: ``python bench/prefill.py``.
+"""How long a long prompt holds up the others, by its pieces: ``python bench/prefill.py``.
 
 Short requests are always in flight, and one client sends prompts of a thousand tokens one after
 another, which are read in pieces of ``--max-prefill-tokens`` beside the decodes.
