@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -122,15 +123,15 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    base = Base(arguments.model, arguments.device)
-    for number, job in enumerate(todo, 1):
-        start = time.perf_counter()
-        result = run_job(job, base, arguments.data, results) | _machine()
-        result["seconds"] = time.perf_counter() - start
-        with (arguments.out / "results.jsonl").open("a") as file:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-        results.append(result)
-        print(f"{number}/{len(todo)} {job.key}: {_line(result)}", file=sys.stderr, flush=True)
+    with closing(Base(arguments.model, arguments.device)) as base:
+        for number, job in enumerate(todo, 1):
+            start = time.perf_counter()
+            result = run_job(job, base, arguments.data, results) | _machine()
+            result["seconds"] = time.perf_counter() - start
+            with (arguments.out / "results.jsonl").open("a") as file:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            results.append(result)
+            print(f"{number}/{len(todo)} {job.key}: {_line(result)}", file=sys.stderr, flush=True)
 
 
 def _machine() -> dict[str, Any]:
