@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from prefixd_store import InvalidRequest, fingerprint_folder, leading_length
 from prefixd_train import attention
 from prefixd_train.demo import DEMO_NAME, demo_model_folder
+from prefixd_train.frozen_linear import speed_up_frozen
 from prefixd_train.probe import UnsupportedModel, assign_roles, observe_shapes
 from prefixd_train.sites import Site, SiteShape
 
@@ -101,6 +102,7 @@ def load_lm(
             " not go through transformers' AttentionInterface"
         )
     module = module.to(device).eval().requires_grad_(False)
+    speed_up_frozen(module)
     relative = assign_roles(module) if config.is_encoder_decoder else False
     folder = _folder(module.config._name_or_path)
     return FrozenLM(
