@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from prefixd_train.batching import IGNORED, Batch
+from prefixd_train.frozen_linear import speed_up_frozen
 from prefixd_train.initialise import activations_of_tokens
 from prefixd_train.lm import FrozenLM, load_lm
 from prefixd_train.objective import target_nll
@@ -42,11 +43,17 @@ class Base:
         module = AutoModelForCausalLM.from_pretrained(
             self.lm.folder, dtype=self.lm.dtype, attn_implementation="sdpa"
         )
-        return module.to(self.device).eval().requires_grad_(False)
+        # One copy of the weights is enough.
+        module.load_state_dict(self.lm.module.state_dict(), assign=True)
+        module.tie_weights()
+        module = module.to(self.device).eval().requires_grad_(False)
+        speed_up_frozen(module)
+        return module
 
-    def own_module(self) -> Any:
-        """A copy that a method may change."""
-        return copy.deepcopy(self.module)
+    def own_module(self, *, own_weights: bool) -> Any:
+        """A copy whose layers a method may change, and with ``own_weights`` its weights."""
+        shared = {} if own_weights else {id(weight): weight for weight in self.module.parameters()}
+        return copy.deepcopy(self.module, shared)
 
     @cached_property
     def engine(self) -> Engine:
@@ -172,7 +179,7 @@ class Changed(Method):
 class FineTuning(Changed):
     def __init__(self, base: Base, job: Job, texts: Texts) -> None:
         super().__init__(base, job, texts)
-        self.module = base.own_module()
+        self.module = base.own_module(own_weights=True)
         for part in self.trained():
             part.requires_grad_(True)
 

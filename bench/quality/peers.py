@@ -45,9 +45,10 @@ class Adapter(Changed):
 
     def __init__(self, base: Base, job: Job, texts: Texts) -> None:
         super().__init__(base, job, texts)
-        self.module = get_peft_model(base.own_module(), ADAPTERS[job.method])
+        self.module = get_peft_model(base.own_module(own_weights=False), ADAPTERS[job.method])
 
     def merged(self) -> Any:
+        # A copy, since the weights are everybody's.
         return copy.deepcopy(self.module).merge_and_unload()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -59,7 +60,7 @@ class _Virtual(Method):
 
     def __init__(self, base: Base, job: Job, texts: Texts) -> None:
         super().__init__(base, job, texts)
-        self.peft = get_peft_model(base.own_module(), self.config())
+        self.peft = get_peft_model(base.own_module(own_weights=False), self.config())
 
     def config(self) -> Any:
         raise NotImplementedError

@@ -3,18 +3,20 @@
     python bench/quality/run.py --size cpu --data DATA --out results
 
 Each job is one line of results.jsonl under --out; one that is there is not run again, so a run may
-be stopped and started at will. `report.py` makes the table and the charts.
+be stopped and started at will. Several processes with the same --out share the jobs. `report.py`
+makes the table and the charts.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -125,13 +127,31 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     with closing(Base(arguments.model, arguments.device)) as base:
         for number, job in enumerate(todo, 1):
-            start = time.perf_counter()
-            result = run_job(job, base, arguments.data, results) | _machine()
-            result["seconds"] = time.perf_counter() - start
-            with (arguments.out / "results.jsonl").open("a") as file:
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            results.append(result)
-            print(f"{number}/{len(todo)} {job.key}: {_line(result)}", file=sys.stderr, flush=True)
+            with claimed(arguments.out, job) as results:
+                if results is None:
+                    continue
+                start = time.perf_counter()
+                result = run_job(job, base, arguments.data, results) | _machine()
+                result["seconds"] = time.perf_counter() - start
+                with (arguments.out / "results.jsonl").open("a") as file:
+                    file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            line = f"{number}/{len(todo)} {job.key}: {_line(result)}"
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def claimed(folder: Path, job: Job) -> Iterator[list[dict[str, Any]] | None]:
+    """What has been found so far; None where the job is done or another process is at it."""
+    path = folder / "claims" / job.key
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        results = read_results(folder)
+        yield None if job.key in {result["key"] for result in results} else results
 
 
 def _machine() -> dict[str, Any]:
