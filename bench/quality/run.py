@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bleu
 import torch
 from jobs import METHODS, SIZES, UNTRAINED, Job, chosen_lr
 from loop import dev_loss, train
@@ -84,11 +85,13 @@ def _score(method: Method, test: list[Segment]) -> dict[str, Any]:
     start = time.perf_counter()
     outputs = method.generate([segment.prompt for segment in test])
     seconds = time.perf_counter() - start
-    scores = score_groups(outputs, [segment.references for segment in test], groups(test))
+    references = [segment.references for segment in test]
+    scores = score_groups(outputs, references, groups(test))
     return {
         "generate_seconds": seconds,
         "scores": scores.as_json()["groups"],
         "signatures": scores.signatures,
+        "bleu_statistics": bleu.statistics(outputs, references),
         "outputs": outputs,
     }
 

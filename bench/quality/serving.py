@@ -83,7 +83,9 @@ class Engine:
         blank = [i for i, ids in enumerate(made) if not str(text(ids)).strip()]
         if blank:
             again = SamplingParams(max_new_tokens=max_new_tokens)
-            for i, ids in zip(blank, self._run([prompts[i] for i in blank], task, again), strict=True):
+            for i, ids in zip(
+                blank, self._run([prompts[i] for i in blank], task, again), strict=True
+            ):
                 made[i] = ids
         return made
 
