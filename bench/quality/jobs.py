@@ -106,13 +106,17 @@ def _cpu() -> Iterator[Job]:
 
 
 def _starts() -> Iterator[Job]:
-    """With few examples: each start at two rates, then at its better one with more seeds."""
+    """With few examples: each start at two rates, then at its better one with more seeds, and how
+    far 20 steps come."""
     for method, lr in product(("prefix-mlp-words", "prefix-mlp-random"), (5e-4, 1e-3)):
         yield Job(method, lr=lr)
     for seed in (1, 2):
         yield Job("prefix-mlp-words", seed=seed, lr=5e-4)
         yield Job("prefix-mlp-random", seed=seed, lr=1e-3)
     yield Job("prefix-mlp-words-frozen", lr=1e-3)
+    for seed in (0, 1, 2):
+        yield Job("prefix-mlp-words", seed=seed, steps=20, lr=5e-4)
+        yield Job("prefix-mlp-random", seed=seed, steps=20, lr=1e-3)
 
 
 def _cpu_long() -> Iterator[Job]:
