@@ -120,8 +120,9 @@ def starts(results: Sequence[Result]) -> Any:
     """MLP prefixes with few examples: the training loss over steps (mean of seeds), and the seeds'
     loss on dev and BLEU."""
     rows = [r for r in results if r["job"]["method"].startswith("prefix-mlp-")]
-    rows = [r for r in rows if r["job"]["n"] == Job.n and r["job"]["length"] == Job.length]
-    found = grouped(rows, lambda r: (r["job"]["method"].rpartition("-")[2], r["lr"]))
+    usual = {"n": Job.n, "length": Job.length, "steps": Job.steps}
+    rows = [r for r in rows if all(r["job"][name] == value for name, value in usual.items())]
+    found = grouped(rows, lambda r: (r["job"]["method"].removeprefix("prefix-mlp-"), r["lr"]))
     if len({start for start, _ in found}) < 2:
         return None
     figure, (steps, *axes) = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")

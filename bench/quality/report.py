@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -205,7 +206,8 @@ def main() -> None:
         results = [json.loads(line) for line in file]
     drawn = draw_curves(results, arguments.images or folder)
     text = markdown(results)
-    text += "".join(f"\n![{what}]({path.name})\n" for what, path in drawn)
+    for what, path in drawn:
+        text += f"\n![{what}]({os.path.relpath(path, folder)})\n"
     (folder / "report.md").write_text(text)
     print(text)
 
