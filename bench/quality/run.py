@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import json
 import os
 import sys
@@ -140,6 +141,8 @@ def main() -> None:
                     file.write(json.dumps(result, ensure_ascii=False) + "\n")
             line = f"{number}/{len(todo)} {job.key}: {_line(result)}"
             print(line, file=sys.stderr, flush=True)
+            # A method and its engine are in cycles; the next job needs their memory.
+            gc.collect()
 
 
 @contextmanager
