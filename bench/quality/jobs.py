@@ -117,6 +117,8 @@ def _starts() -> Iterator[Job]:
     for seed in (0, 1, 2):
         yield Job("prefix-mlp-words", seed=seed, steps=20, lr=5e-4)
         yield Job("prefix-mlp-random", seed=seed, steps=20, lr=1e-3)
+    direct = ("prefix-direct-random", "prefix-direct-words")
+    yield from _trained(direct, (0, 1, 2), lr=3e-2)
 
 
 def _cpu_long() -> Iterator[Job]:
@@ -158,7 +160,7 @@ SIZES = {
         _unique(_tune()),
     ),
     "cpu": Size(
-        "a low-data comparison, three seeds of its core: 80 minutes on two quiet cores",
+        "a low-data comparison, three seeds of its core: 90 minutes on two quiet cores",
         _unique(_cpu()),
     ),
     "cpu-long": Size(
