@@ -10,17 +10,19 @@ from typing import Any
 __all__ = ["LEARNING_RATES", "METHODS", "SIZES", "Job", "Size", "chosen_lr"]
 
 LEARNING_RATES = {
-    "prefix-mlp-words": (5e-4, 1e-3),
+    "prefix-mlp-words": (5e-4, 1e-3, 2.5e-4),
+    "prefix-mlp-words-frozen": (1e-3, 5e-4),
     "prefix-mlp-text": (5e-4, 1e-3),
-    "prefix-mlp-random": (5e-4, 1e-3),
-    "prefix-direct-words": (1e-2, 3e-3),
+    "prefix-mlp-random": (1e-3, 5e-4),
+    "prefix-direct-words": (3e-2, 1e-2, 1e-1),
+    "prefix-direct-words-frozen": (1e-1, 3e-2),
     "prefix-direct-text": (1e-2, 3e-3),
     "prefix-direct-random": (1e-2, 3e-2),
     "embedding-only": (1e-2, 3e-2),
     "infix-mlp-words": (5e-4, 1e-3),
-    "peft-prefix": (1e-2, 3e-2),
-    "peft-prompt": (1e-2, 3e-2),
-    "peft-lora": (1e-3, 3e-3),
+    "peft-prefix": (3e-2, 1e-1),
+    "peft-prompt": (3e-2, 1e-1),
+    "peft-lora": (3e-3, 1e-2),
     "peft-ia3": (3e-3, 1e-2),
     "peft-loha": (1e-3, 3e-3),
     "fine-tuning": (5e-5, 2e-5),
@@ -34,8 +36,8 @@ METHODS = (*UNTRAINED, *LEARNING_RATES)
 _PEERS = ("peft-prefix", "peft-prompt", "peft-lora", "peft-ia3", "fine-tuning", "top-2-layers")
 # Direct and random is what `peft-prefix` is too.
 _OURS = ("prefix-mlp-words", "prefix-direct-words", "prefix-mlp-random")
-_COMPARED = ("prefix-mlp-words", "peft-prefix", "peft-prompt", "peft-lora", "fine-tuning")
-_LEAST = ("prefix-mlp-words", "peft-lora", "fine-tuning")
+_TUNED = ("prefix-mlp-words", "prefix-direct-words", "peft-prefix", "peft-prompt", "peft-lora")
+_COMPARED = ("prefix-mlp-words", "peft-prefix", "peft-prompt")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Job:
     batch_size: int = 4
     lr: float | None = None
     """None: the best one of those tried, or the method's first"""
-    num_test: int | None = 100
+    num_test: int | None = None
     """test inputs, the same for all jobs; None: all; 0: only the loss on the dev set"""
     max_new_tokens: int = 64
 
@@ -82,21 +84,41 @@ def _smoke() -> Iterator[Job]:
 
 
 def _tune() -> Iterator[Job]:
-    for method in (*_OURS, *_PEERS):
+    for method in _TUNED:
         for lr in LEARNING_RATES[method]:
             yield Job(method, lr=lr, steps=45, num_test=0)
 
 
 def _cpu() -> Iterator[Job]:
-    yield Job("zero-shot", n=0)
-    yield Job("in-context", n=4)
+    yield from _starts()
     for seed in (0, 1, 2):
         yield from _trained(_COMPARED, (seed,), n=500)
-        yield from _trained(("prefix-mlp-words", "prefix-mlp-random"), (seed,))
-    yield from _trained(("prefix-direct-words", "top-2-layers"), (0,), n=500)
-    yield from _trained(("peft-lora", "fine-tuning", "prefix-mlp-text"), (0,))
-    yield from (Job("prefix-mlp-words", length=length) for length in (1, 40))
-    yield from _trained(("prefix-mlp-words", "fine-tuning"), (0,), dataset="webnlg", n=500)
+    yield from _trained(("peft-lora", "fine-tuning"), (0, 1, 2), n=500)
+    yield Job("zero-shot", n=0)
+    yield Job("in-context", n=4)
+    yield from _trained(("prefix-direct-words",), (0, 1, 2), n=500)
+    yield from (Job("prefix-mlp-words", n=500, length=length) for length in (1, 5, 20, 40))
+    webnlg: dict[str, Any] = {"dataset": "webnlg", "num_test": 400}
+    methods = ("prefix-mlp-words", "peft-prefix", "peft-lora", "fine-tuning")
+    yield from _trained(methods, (0,), n=500, **webnlg)
+    yield Job("zero-shot", n=0, **webnlg)
+    yield Job("in-context", n=4, **webnlg)
+
+
+def _starts() -> Iterator[Job]:
+    """With few examples: each start at two rates, then at its better one with more seeds, and how
+    far 20 steps come."""
+    for method, lr in product(("prefix-mlp-words", "prefix-mlp-random"), (5e-4, 1e-3)):
+        yield Job(method, lr=lr)
+    for seed in (1, 2):
+        yield Job("prefix-mlp-words", seed=seed, lr=5e-4)
+        yield Job("prefix-mlp-random", seed=seed, lr=1e-3)
+    yield Job("prefix-mlp-words-frozen", lr=1e-3)
+    for seed in (0, 1, 2):
+        yield Job("prefix-mlp-words", seed=seed, steps=20, lr=5e-4)
+        yield Job("prefix-mlp-random", seed=seed, steps=20, lr=1e-3)
+    direct = ("prefix-direct-random", "prefix-direct-words")
+    yield from _trained(direct, (0, 1, 2), lr=3e-2)
 
 
 def _cpu_long() -> Iterator[Job]:
@@ -104,7 +126,6 @@ def _cpu_long() -> Iterator[Job]:
     for n in (100, 500):
         yield from _trained((*_OURS, *_PEERS), (0, 1, 2), n=n)
     yield from (Job("in-context", n=4, seed=seed) for seed in (1, 2))
-    yield from (Job("prefix-mlp-words", length=length) for length in (5, 20))
     yield from (Job("prefix-direct-random"), Job("embedding-only"))
 
 
@@ -135,14 +156,16 @@ def _unique(jobs: Iterator[Job]) -> tuple[Job, ...]:
 SIZES = {
     "smoke": Size("every method for two steps: does it all run?", _unique(_smoke())),
     "tune": Size(
-        "two learning rates of each method, by the loss on dev: 20 minutes on two cores",
+        "learning rates of the main methods, by the loss on dev: 7 minutes on two quiet cores",
         _unique(_tune()),
     ),
     "cpu": Size(
-        "a low-data comparison, three seeds of its core: 90 minutes on two cores", _unique(_cpu())
+        "a low-data comparison, three seeds of its core: 90 minutes on two quiet cores",
+        _unique(_cpu()),
     ),
     "cpu-long": Size(
-        "as cpu, three seeds of everything: three hours on two cores", _unique(_cpu_long())
+        "as cpu, more methods with three seeds: three hours on two quiet cores",
+        _unique(_cpu_long()),
     ),
     "gpu": Size("all of E2E and WebNLG, the paper's ablations", _unique(_gpu())),
 }
@@ -155,7 +178,7 @@ def chosen_lr(job: Job, results: list[dict[str, Any]]) -> float:
     tried = [
         result
         for result in results
-        if result["job"]["method"] == job.method and result["job"]["lr"] is not None
+        if result["job"]["method"] == job.method and result["job"]["num_test"] == 0
     ]
     if not tried:
         return LEARNING_RATES[job.method][0]

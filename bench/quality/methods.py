@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import closing
 from functools import cached_property
 from typing import Any
 
 import torch
-from decode import greedy
 from jobs import Job
+from serving import Engine, engine_of_module
 from texts import Texts
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from prefixd_train.batching import IGNORED, Batch
+from prefixd_train.frozen_linear import speed_up_frozen
 from prefixd_train.initialise import activations_of_tokens
 from prefixd_train.lm import FrozenLM, load_lm
 from prefixd_train.objective import target_nll
 from prefixd_train.sites import PrefixKV
 
-__all__ = ["Base", "FineTuning", "InContext", "Method", "TopLayers", "ZeroShot"]
+__all__ = ["Base", "Changed", "FineTuning", "InContext", "Method", "TopLayers", "ZeroShot"]
 
 
 class Base:
@@ -41,11 +43,26 @@ class Base:
         module = AutoModelForCausalLM.from_pretrained(
             self.lm.folder, dtype=self.lm.dtype, attn_implementation="sdpa"
         )
-        return module.to(self.device).eval().requires_grad_(False)
+        # One copy of the weights is enough.
+        module.load_state_dict(self.lm.module.state_dict(), assign=True)
+        module.tie_weights()
+        module = module.to(self.device).eval().requires_grad_(False)
+        speed_up_frozen(module)
+        return module
 
-    def own_module(self) -> Any:
-        """A copy that a method may change."""
-        return copy.deepcopy(self.module)
+    def own_module(self, *, own_weights: bool) -> Any:
+        """A copy whose layers a method may change, and with ``own_weights`` its weights."""
+        shared = {} if own_weights else {id(weight): weight for weight in self.module.parameters()}
+        return copy.deepcopy(self.module, shared)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Serves the LM as it is."""
+        return Engine(self.lm.folder, str(self.device))
+
+    def close(self) -> None:
+        if "engine" in self.__dict__:
+            self.engine.close()
 
 
 class Method(ABC):
@@ -54,7 +71,7 @@ class Method(ABC):
     def __init__(self, base: Base, job: Job, texts: Texts) -> None:
         self.base, self.job, self.texts = base, job, texts
         self.module = base.module
-        """what decodes"""
+        """what gives the loss"""
 
     @property
     def device(self) -> torch.device:
@@ -84,11 +101,14 @@ class Method(ABC):
         made = [self.base.tokenizer.decode(ids) for ids in self.decode(tokens)]
         return [text.strip().partition("\n")[0].strip() for text in made]
 
-    @torch.inference_mode()
     def decode(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        eos = self.base.tokenizer.eos_token_id
-        length = self.job.max_new_tokens
-        return greedy(self.module, prompts, self.kv(), max_new_tokens=length, eos=eos)
+        """Greedily, and at least the first line."""
+        engine, kv = self.base.engine, self.kv()
+        task = engine.register(self.base.lm, kv) if kv is not None else None
+        lines = engine.lines(prompts, task, max_new_tokens=self.job.max_new_tokens)
+        if task is not None:
+            engine.forget(task)
+        return lines
 
 
 def module_nll(module: Any, batch: Batch) -> tuple[Tensor, int]:
@@ -143,15 +163,31 @@ class InContext(Method):
         return 4 * sum(tensor.numel() for tensor in self.kv()["decoder"])
 
 
-class FineTuning(Method):
+class Changed(Method):
+    """The LM's own weights are changed, so an engine of its own decodes."""
+
+    @abstractmethod
+    def merged(self) -> Any:
+        """Transformers' model with the changed weights."""
+
+    def decode(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        device = str(self.device)
+        with closing(engine_of_module(self.merged(), self.base.tokenizer, device)) as engine:
+            return engine.lines(prompts, None, max_new_tokens=self.job.max_new_tokens)
+
+
+class FineTuning(Changed):
     def __init__(self, base: Base, job: Job, texts: Texts) -> None:
         super().__init__(base, job, texts)
-        self.module = base.own_module()
+        self.module = base.own_module(own_weights=True)
         for part in self.trained():
             part.requires_grad_(True)
 
     def trained(self) -> list[nn.Module]:
         return [self.module]
+
+    def merged(self) -> Any:
+        return self.module
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]

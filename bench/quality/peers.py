@@ -3,11 +3,12 @@ transformers; IA3 and LoHa are PEFT's own small ones.)"""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from jobs import Job
-from methods import Base, Method, module_nll
+from methods import Base, Changed, Method, module_nll
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -39,12 +40,16 @@ ADAPTERS = {
 }
 
 
-class Adapter(Method):
+class Adapter(Changed):
     """LoRA, IA3, LoHa: they change the LM's layers."""
 
     def __init__(self, base: Base, job: Job, texts: Texts) -> None:
         super().__init__(base, job, texts)
-        self.module = get_peft_model(base.own_module(), ADAPTERS[job.method])
+        self.module = get_peft_model(base.own_module(own_weights=False), ADAPTERS[job.method])
+
+    def merged(self) -> Any:
+        # A copy, since the weights are everybody's.
+        return copy.deepcopy(self.module).merge_and_unload()
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -55,7 +60,7 @@ class _Virtual(Method):
 
     def __init__(self, base: Base, job: Job, texts: Texts) -> None:
         super().__init__(base, job, texts)
-        self.peft = get_peft_model(base.own_module(), self.config())
+        self.peft = get_peft_model(base.own_module(own_weights=False), self.config())
 
     def config(self) -> Any:
         raise NotImplementedError

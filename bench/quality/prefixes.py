@@ -27,7 +27,8 @@ WORDS = "table-to-text:"
 
 
 class Prefix(Method):
-    """``prefix-<direct | mlp>-<words | text | random>``"""
+    """``prefix-<direct | mlp>-<words | text | random>``; with ``-frozen`` the first virtual token,
+    where the LM's attention rests, stays as it starts"""
 
     placement: Placement = "prefix"
 
@@ -36,9 +37,9 @@ class Prefix(Method):
         self.prefix = self.start().to(base.device)
 
     def start(self) -> PrefixParameters:
-        _, parameterisation, start = self.job.method.split("-")
+        _, parameterisation, start, *frozen = self.job.method.split("-")
         lm, lengths = self.base.lm, {"decoder": self.job.length}
-        prefix = make_prefix(lm.shapes, lengths, parameterisation)
+        prefix = make_prefix(lm.shapes, lengths, parameterisation, frozen_first=len(frozen))
         if start == "words":
             prefix.set_kv(from_words(lm, WORDS, lengths))
         elif start == "text":

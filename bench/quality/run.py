@@ -3,22 +3,27 @@
     python bench/quality/run.py --size cpu --data DATA --out results
 
 Each job is one line of results.jsonl under --out; one that is there is not run again, so a run may
-be stopped and started at will. `report.py` makes the table and the charts.
+be stopped and started at will. Several processes with the same --out share the jobs. `report.py`
+makes the table and the charts.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bleu
 import torch
 from jobs import METHODS, SIZES, UNTRAINED, Job, chosen_lr
 from loop import dev_loss, train
@@ -81,11 +86,13 @@ def _score(method: Method, test: list[Segment]) -> dict[str, Any]:
     start = time.perf_counter()
     outputs = method.generate([segment.prompt for segment in test])
     seconds = time.perf_counter() - start
-    scores = score_groups(outputs, [segment.references for segment in test], groups(test))
+    references = [segment.references for segment in test]
+    scores = score_groups(outputs, references, groups(test))
     return {
         "generate_seconds": seconds,
         "scores": scores.as_json()["groups"],
         "signatures": scores.signatures,
+        "bleu_statistics": bleu.statistics(outputs, references),
         "outputs": outputs,
     }
 
@@ -122,15 +129,35 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    base = Base(arguments.model, arguments.device)
-    for number, job in enumerate(todo, 1):
-        start = time.perf_counter()
-        result = run_job(job, base, arguments.data, results) | _machine()
-        result["seconds"] = time.perf_counter() - start
-        with (arguments.out / "results.jsonl").open("a") as file:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-        results.append(result)
-        print(f"{number}/{len(todo)} {job.key}: {_line(result)}", file=sys.stderr, flush=True)
+    with closing(Base(arguments.model, arguments.device)) as base:
+        for number, job in enumerate(todo, 1):
+            with claimed(arguments.out, job) as results:
+                if results is None:
+                    continue
+                start = time.perf_counter()
+                result = run_job(job, base, arguments.data, results) | _machine()
+                result["seconds"] = time.perf_counter() - start
+                with (arguments.out / "results.jsonl").open("a") as file:
+                    file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            line = f"{number}/{len(todo)} {job.key}: {_line(result)}"
+            print(line, file=sys.stderr, flush=True)
+            # A method and its engine are in cycles; the next job needs their memory.
+            gc.collect()
+
+
+@contextmanager
+def claimed(folder: Path, job: Job) -> Iterator[list[dict[str, Any]] | None]:
+    """What has been found so far; None where the job is done or another process is at it."""
+    path = folder / "claims" / job.key
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        results = read_results(folder)
+        yield None if job.key in {result["key"] for result in results} else results
 
 
 def _machine() -> dict[str, Any]:

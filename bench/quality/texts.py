@@ -18,8 +18,12 @@ from prefixd_train.testset import Segment, read_segments
 __all__ = ["TEMPLATE", "Texts", "load_texts"]
 
 TEMPLATE = PromptTemplate("{source}\n")
-NUM_DEV = 47
-"""of the 547 inputs of E2E, so that 500 are left to train on"""
+NUM_DEV = 100
+"""inputs of ``dev.jsonl``"""
+NUM_HELD_OUT = 47
+"""of the training inputs, where there is no such file: E2E has 547, so 500 are left to train on"""
+DEV_REFERENCES = 4
+"""at most, of each of these inputs; each counts as an example"""
 
 Row = Mapping[str, Any]
 
@@ -46,7 +50,7 @@ def load_texts(job: Job, folder: Path, tokenizer: Any) -> Texts:
         chosen = random.permutation(len(rows))[: job.n]
         shown = [_pair(rows[i], random) for i in chosen]
     held_out = np.random.default_rng(0)
-    pairs = [_pair(row, held_out) for row in dev]
+    pairs = [pair for row in dev for pair in _pairs(row, held_out)]
     return Texts(
         train=[_encode(pair, tokenizer) for pair in shown],
         shown=shown,
@@ -58,10 +62,13 @@ def load_texts(job: Job, folder: Path, tokenizer: Any) -> Texts:
 def _splits(dataset: str, folder: Path) -> tuple[list[Row], list[Row]]:
     rows = _read(folder / "train.jsonl")
     path = folder / "dev.jsonl"
-    others = _read(path) if path.exists() else rows
-    order = np.random.default_rng(0).permutation(len(others))
-    dev = [others[i] for i in order[:NUM_DEV]]
-    return rows if path.exists() else [rows[i] for i in order[NUM_DEV:]], dev
+    random = np.random.default_rng(0)
+    if path.exists():
+        others = _read(path)
+        return rows, [others[i] for i in random.permutation(len(others))[:NUM_DEV]]
+    order = random.permutation(len(rows))
+    held_out, left = order[:NUM_HELD_OUT], order[NUM_HELD_OUT:]
+    return [rows[i] for i in left], [rows[i] for i in held_out]
 
 
 def _test(path: Path, count: int | None) -> list[Segment]:
@@ -83,6 +90,12 @@ def _prompt(row: Row) -> str:
 
 def _pair(row: Row, random: np.random.Generator) -> tuple[str, str]:
     return _prompt(row), row["targets"][random.integers(len(row["targets"]))]
+
+
+def _pairs(row: Row, random: np.random.Generator) -> list[tuple[str, str]]:
+    targets = row["targets"]
+    chosen = random.permutation(len(targets))[:DEV_REFERENCES]
+    return [(_prompt(row), targets[i]) for i in chosen]
 
 
 def _encode(pair: tuple[str, str], tokenizer: Any) -> Example:

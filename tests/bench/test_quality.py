@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import sacrebleu
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from prefixd_train.bootstrap import draw
 from tests.support.models import tiny_model_folder
 from tests.support.threads import one_thread
 
@@ -24,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QUALITY = Path(__file__).parents[2] / "bench" / "quality"
 NAMES = [path.stem for path in QUALITY.glob("*.py")]
 NEW_TOKENS = 4
+EOS = 2
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +68,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(quality: SimpleNamespace, model: Path) -> Any:
-    return quality.methods.Base(str(model), "cpu")
+def base(quality: SimpleNamespace, model: Path) -> Iterator[Any]:
+    with closing(quality.methods.Base(str(model), "cpu")) as base:
+        yield base
 
 
 TRAINED: dict[str, Any] = {}
@@ -87,25 +94,8 @@ def _train(quality: SimpleNamespace, base: Any, data: Path, method: str) -> Any:
     return found
 
 
-METHODS = [
-    "in-context",
-    "prefix-mlp-words",
-    "prefix-direct-text",
-    "embedding-only",
-    "infix-mlp-words",
-]
 PEERS = ["peft-prefix", "peft-prompt", "peft-lora", "peft-ia3", "peft-loha"]
 PEERS += ["fine-tuning", "top-2-layers"]
-
-
-@pytest.mark.parametrize("name", [*METHODS, *PEERS])
-def test_decoding_in_a_batch_is_decoding_alone(
-    quality: SimpleNamespace, base: Any, data: Path, name: str
-) -> None:
-    method = trained(quality, base, data, name)
-    prompts = [method.prompt(segment.prompt) for segment in method.texts.test]
-    assert len({len(prompt) for prompt in prompts}) > 1
-    assert method.decode(prompts) == [method.decode([prompt])[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -114,9 +104,9 @@ def test_a_peer_decodes_and_scores_as_its_library_does(
 ) -> None:
     method = trained(quality, base, data, name)
     module = getattr(method, "peft", method.module)
-    for segment in method.texts.test:
-        prompt = method.prompt(segment.prompt)
-        assert method.decode([prompt])[0] == generated(module, prompt, base.tokenizer.eos_token_id)
+    prompts = [method.prompt(segment.prompt) for segment in method.texts.test]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    assert method.decode(prompts) == [generated(module, prompt) for prompt in prompts]
     batch = quality.run.Collator.of(base.lm)(method.texts.train)
     logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     logits = logits[:, -batch.input_ids.shape[1] :]  # behind a soft prompt's own
@@ -125,17 +115,58 @@ def test_a_peer_decodes_and_scores_as_its_library_does(
     assert (total / num_targets).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def generated(module: Any, prompt: list[int], eos: int) -> list[int]:
-    ids = torch.tensor([prompt])
+OURS = ["in-context", "prefix-mlp-words", "prefix-direct-text", "embedding-only"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_decode_as_transformers_does_behind_their_keys_and_values(
+    quality: SimpleNamespace, base: Any, data: Path, name: str
+) -> None:
+    method = trained(quality, base, data, name)
+    prompts = [method.prompt(segment.prompt) for segment in method.texts.test]
+    keys, values = method.kv()["decoder"]
+    expected = []
+    for prompt in prompts:
+        cache = DynamicCache()
+        for layer in range(len(keys)):
+            cache.update(keys[layer][None], values[layer][None], layer)
+        expected.append(generated(base.module, prompt, cache))
+    assert method.decode(prompts) == expected
+
+
+def test_an_infix_decodes_in_a_batch_as_alone(
+    quality: SimpleNamespace, base: Any, data: Path
+) -> None:
+    method = trained(quality, base, data, "infix-mlp-words")
+    prompts = [method.prompt(segment.prompt) for segment in method.texts.test]
+    assert method.decode(prompts) == [method.decode([prompt])[0] for prompt in prompts]
+
+
+def test_methods_leave_the_common_weights_alone(
+    quality: SimpleNamespace, base: Any, data: Path, model: Path
+) -> None:
+    for name in PEERS:
+        trained(quality, base, data, name)
+    untouched = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    for name, weight in base.module.state_dict().items():
+        assert torch.equal(weight, untouched[name]), name
+
+
+def generated(module: Any, prompt: list[int], cache: DynamicCache | None = None) -> list[int]:
+    """Greedy tokens up to the end of sequence or of the line, which is kept."""
+    ahead = 0 if cache is None else cache.get_seq_length()
+    # What stands for the cached tokens is not looked at.
+    ids = torch.tensor([[0] * ahead + prompt])
     row = module.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,
-        eos_token_id=eos,
-    )[0].tolist()[len(prompt) :]
-    return row[: row.index(eos)] if eos in row else row
+        eos_token_id=EOS,
+    )[0].tolist()[ahead + len(prompt) :]
+    return row[: row.index(EOS)] if EOS in row else row
 
 
 def test_our_random_prefix_trains_as_pefts(quality: SimpleNamespace, base: Any, data: Path) -> None:
@@ -166,15 +197,56 @@ def test_a_run_goes_on_where_it_was_stopped(
     monkeypatch.setattr(sys, "argv", ["report.py", "--out", str(tmp_path)])
     quality.report.main()
     text = (tmp_path / "report.md").read_text()
-    assert "| prefix-mlp-words | 1 |" in text
-    assert (tmp_path / "methods-0.svg").exists()
+    assert "| prefix-mlp-words, 4 virtual tokens | 1 |" in text
+    assert (tmp_path / "quality-e2e-methods.svg").exists()
+
+
+def test_two_processes_do_not_do_one_job(quality: SimpleNamespace, tmp_path: Path) -> None:
+    job = quality.jobs.Job("zero-shot")
+    with quality.run.claimed(tmp_path, job) as first:
+        assert first == []
+        with quality.run.claimed(tmp_path, job) as second:
+            assert second is None
+    with quality.run.claimed(tmp_path, job) as again:
+        assert again == []
+    (tmp_path / "results.jsonl").write_text(json.dumps({"key": job.key}) + "\n")
+    with quality.run.claimed(tmp_path, job) as done:
+        assert done is None
+
+
+def test_a_difference_is_of_the_same_resampled_inputs(quality: SimpleNamespace) -> None:
+    """As sacrebleu scores the texts of each resample."""
+    references = [[f"the pub {word} is by the river {i}"] for i, word in enumerate("abcdefgh")]
+    texts = {
+        "good": [refs[0] for refs in references[:6]] + ["a pub", "another pub by a road it is"],
+        "poor": [refs[0].replace("river", "road") for refs in references],
+    }
+    bleu = quality.bleu
+    rows = {name: bleu.statistics(made, references) for name, made in texts.items()}
+    streams = [[refs[0] for refs in references]]
+    expected = {n: sacrebleu.corpus_bleu(made, streams).score for n, made in texts.items()}
+    found = bleu.difference({0: rows["good"], 1: rows["good"]}, {0: rows["poor"]})
+    assert found.value == pytest.approx(expected["good"] - expected["poor"])
+    assert found.by_seed == pytest.approx([found.value])
+    assert found.low < found.value < found.high
+    same = bleu.difference({0: rows["good"]}, {0: rows["good"]})
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    chosen = draw(len(references), bleu.NUM_RESAMPLES, seed=0)
+    values = []
+    for drawn in chosen:
+        scores = [
+            sacrebleu.corpus_bleu([made[i] for i in drawn], [[streams[0][i] for i in drawn]]).score
+            for made in texts.values()
+        ]
+        values.append(scores[0] - scores[1])
+    assert np.quantile(values, [0.025, 0.975]) == pytest.approx([found.low, found.high])
 
 
 def test_the_learning_rate_is_the_best_of_those_tried(quality: SimpleNamespace) -> None:
     jobs = quality.jobs
     tried = [
-        {"job": {"method": "peft-lora", "lr": lr}, "lr": lr, "dev_loss": loss}
-        for lr, loss in ((1e-3, 2.0), (3e-3, 1.5))
+        {"job": {"method": "peft-lora", "num_test": test}, "lr": lr, "dev_loss": loss}
+        for lr, loss, test in ((1e-3, 2.0, 0), (3e-3, 1.5, 0), (1e-2, 1.0, 100))
     ]
     assert jobs.chosen_lr(jobs.Job("peft-lora"), tried) == 3e-3
     assert jobs.chosen_lr(jobs.Job("peft-lora", lr=1e-4), tried) == 1e-4
