@@ -12,6 +12,7 @@ __all__ = ["LEARNING_RATES", "METHODS", "SIZES", "Job", "Size", "chosen_lr"]
 LEARNING_RATES = {
     "prefix-mlp-words": (5e-4, 1e-3, 2.5e-4),
     "prefix-mlp-words-frozen": (1e-3, 5e-4),
+    "prefix-mlp-instruction": (5e-4, 1e-3),
     "prefix-mlp-text": (5e-4, 1e-3),
     "prefix-mlp-random": (1e-3, 5e-4),
     "prefix-direct-words": (3e-2, 1e-2, 1e-1),
@@ -114,6 +115,7 @@ def _starts() -> Iterator[Job]:
         yield Job("prefix-mlp-words", seed=seed, lr=5e-4)
         yield Job("prefix-mlp-random", seed=seed, lr=1e-3)
     yield Job("prefix-mlp-words-frozen", lr=1e-3)
+    yield Job("prefix-mlp-instruction", lr=5e-4)
     for seed in (0, 1, 2):
         yield Job("prefix-mlp-words", seed=seed, steps=20, lr=5e-4)
         yield Job("prefix-mlp-random", seed=seed, steps=20, lr=1e-3)

@@ -24,11 +24,13 @@ __all__ = ["WORDS", "EmbeddingOnly", "Infix", "Prefix"]
 
 WORDS = "table-to-text:"
 """the task's words, as the paper starts from them"""
+INSTRUCTION = "Describe the restaurant in one sentence, using this data:"
+"""words of E2E's task that tell an instructed LM what to do"""
 
 
 class Prefix(Method):
-    """``prefix-<direct | mlp>-<words | text | random>``; with ``-frozen`` the first virtual token,
-    where the LM's attention rests, stays as it starts"""
+    """``prefix-<direct | mlp>-<words | instruction | text | random>``; with ``-frozen`` the first
+    virtual token, where the LM's attention rests, stays as it starts"""
 
     placement: Placement = "prefix"
 
@@ -40,8 +42,9 @@ class Prefix(Method):
         _, parameterisation, start, *frozen = self.job.method.split("-")
         lm, lengths = self.base.lm, {"decoder": self.job.length}
         prefix = make_prefix(lm.shapes, lengths, parameterisation, frozen_first=len(frozen))
-        if start == "words":
-            prefix.set_kv(from_words(lm, WORDS, lengths))
+        if start in ("words", "instruction"):
+            words = WORDS if start == "words" else INSTRUCTION
+            prefix.set_kv(from_words(lm, words, lengths))
         elif start == "text":
             tokens = chain.from_iterable(chain(*example) for example in cycle(self.texts.train))
             prefix.set_kv(activations_of_tokens(lm, list(islice(tokens, self.job.length))))
