@@ -57,6 +57,16 @@ def kinds(module: nn.Module) -> dict[str, str]:
 # --- whole models ---------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no /proc")
+@pytest.mark.parametrize("title", FAMILIES)
+def test_the_model_file_is_let_go(title: str, tmp_path: Path) -> None:
+    folder = FAMILIES[title].save(tmp_path)
+    served = load_model(ModelConfig(model=str(folder)))
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    del served
+
+
 @pytest.mark.parametrize("title", FAMILIES)
 def test_logits_are_the_models_own(title: str, tmp_path: Path) -> None:
     folder = str(FAMILIES[title].save(tmp_path))

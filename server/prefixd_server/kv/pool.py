@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+_CLEARED_AT_ONCE = 16 << 20
+"""bytes"""
 
 
 def slots_of(pages: Sequence[int], num_tokens: int, page_size: int) -> npt.NDArray[np.int64]:
@@ -137,8 +140,15 @@ def _bits(tensor: Tensor) -> npt.NDArray[np.generic]:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros writes them; from calloc a page of memory is not there until it is used.
-    array = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    # Memory that the system finds only when a step first writes to it stops that step, for longer
+    # than it computes, or is not there at all. torch would start a team of threads for this.
+    array = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+
+    def clear(start: int) -> None:
+        array[start : start + _CLEARED_AT_ONCE] = 0
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(clear, range(0, array.size, _CLEARED_AT_ONCE)))
     return torch.from_numpy(array).view(dtype).view(shape)
 
 

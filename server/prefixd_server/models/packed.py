@@ -54,6 +54,9 @@ def pack(
 
     ``run`` runs the module once; what it shows to read one input is joined. The replaced layers
     hold no ``weight`` to train or to save. ``linear`` makes the layers that take their places.
+
+    What is kept is copied. One tensor of a file, as a norm's, would keep all of it mapped: memory
+    of no use, and a crash should the file be cut short.
     """
     linear = linear or packed_linear
     joined = _joined(module, run) if run is not None else []
@@ -74,6 +77,8 @@ def pack(
             setattr(parent, name, activation)
     if loaded is not None:
         rotary.use_kernel(module, loaded)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def packed_linears(module: nn.Module) -> Iterator[nn.Module]:
@@ -97,7 +102,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | None]:
     """weight [out, in]"""
     weight: Tensor = linear.weight.detach()
-    bias = linear.bias.detach() if linear.bias is not None else None
+    bias = linear.bias.detach().clone() if linear.bias is not None else None
     return (weight.t() if isinstance(linear, Conv1D) else weight), bias
 
 
@@ -257,7 +262,7 @@ class RMSNorm(FrozenLayer):
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(epsilon, float):
             return None
-        weight = weight.detach()
+        weight = weight.detach().clone()
         x = torch.randn(3, 5, len(weight), generator=torch.Generator().manual_seed(0))
         # Small rows show where epsilon goes.
         x *= torch.tensor([3.0, 0.1, 1e-3]).view(3, 1, 1)
