@@ -23,7 +23,7 @@ from harness.machine import describe
 from harness.options import Options, parser
 from harness.peers import PEERS, Job, set_up, start
 from harness.prefixes import fill_store, task_names
-from harness.processes import Peer, PeerFailed, serve
+from harness.processes import Peer, PeerFailed, Served, serve
 from harness.report import Report
 from rich.console import Console
 
@@ -36,13 +36,16 @@ ADAPTERS = 32
 class Size(NamedTuple):
     rounds: int
     new_tokens: int
+    warm_up_tokens: int
     workloads: tuple[str, ...]
     peers: tuple[str, ...]
 
 
 SIZES = {
-    "smoke": Size(2, 16, ("W", "W1"), ("transformers",)),
-    "full": Size(5, 64, ("W", "W1", "W128"), ("transformers", "transformers-continuous", "peft")),
+    "smoke": Size(2, 16, 4, ("W", "W1"), ("transformers",)),
+    "full": Size(
+        5, 64, 64, ("W", "W1", "W128"), ("transformers", "transformers-continuous", "peft")
+    ),
 }
 REQUESTS = {"W": 32, "W1": 1, "W128": 128}
 TASKS = {
@@ -96,9 +99,9 @@ class Bench:
 
         self.cases[name] = Case(name, measured)
 
-    def warm_up(self) -> None:
-        """Load prefixes, pack, compile, fill the allocators' caches: each case once, in short."""
-        new_tokens, self._new_tokens = self._new_tokens, 4
+    def warm_up(self, new_tokens: int) -> None:
+        """Load prefixes, pack, compile, fill the allocators' caches: each case once, uncounted."""
+        new_tokens, self._new_tokens = self._new_tokens, new_tokens
         for case in self.cases.values():
             if not case.failed:
                 try:
@@ -138,7 +141,7 @@ def started(options: Options, bench: Bench, names: Sequence[str]) -> Iterator[di
         engine.wait_until_ready()
         settings = {"prefixd engine": engine.settings}
         bench.add_server("engine", engine.run)
-        bench.add_server("HTTP", partial(batch, served.url))
+        bench.add_server("HTTP", partial(_over_http, served))
         reasons = set_up(names, options.model)
         adapters = _peft_folders(served.url, folder) if "peft" in names else []
         for name in names:
@@ -155,6 +158,11 @@ def started(options: Options, bench: Bench, names: Sequence[str]) -> Iterator[di
                 peer = str(error)
             bench.add_peer(peer, name, PEERS[name].jobs)
         yield settings
+
+
+def _over_http(served: Served, requests: int, new_tokens: int, tasks: int) -> Figures:
+    with served.turn():
+        return batch(served.url, requests, new_tokens, tasks)
 
 
 def _peft_folders(url: str, folder: Path) -> list[Path]:
@@ -199,7 +207,7 @@ def main() -> None:
     machine = describe(options.threads)
     bench = Bench(size.new_tokens, workloads, arguments.only)
     with started(options, bench, names) as settings:
-        bench.warm_up()
+        bench.warm_up(size.warm_up_tokens)
         take_turns(list(bench.cases.values()), rounds)
     report = Report(
         "throughput",

@@ -1,9 +1,13 @@
-"""The processes under test: a server, and peers that answer ``run`` on their standard input."""
+"""The processes under test: a server, and peers that answer ``run`` on their standard input.
+
+All stay loaded, and a process is stopped while it is not its turn: what idles may spin or wake.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +41,15 @@ class Served:
         line = next(line for line in lines if line.startswith("VmRSS"))
         return int(line.split()[1]) * 1024
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """It runs within, and is stopped after."""
+        os.killpg(self.pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            os.killpg(self.pid, signal.SIGSTOP)
+
 
 @contextmanager
 def serve(flags: Sequence[str]) -> Iterator[Served]:
@@ -45,7 +58,7 @@ def serve(flags: Sequence[str]) -> Iterator[Served]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "prefixd", "serve", f"--port={port}", "--log-level=error"]
     start = time.perf_counter()
-    process = subprocess.Popen([*command, *flags])
+    process = subprocess.Popen([*command, *flags], process_group=0)
     url = f"http://127.0.0.1:{port}"
     try:
         with Client(url) as client:
@@ -56,6 +69,7 @@ def serve(flags: Sequence[str]) -> Iterator[Served]:
         yield Served(url, process.pid, time.perf_counter() - start)
     finally:
         process.terminate()
+        process.send_signal(signal.SIGCONT)
         process.wait()
 
 
@@ -85,6 +99,7 @@ class Peer:
             stderr=self._errors,
             text=True,
             env=os.environ | {"PYTHONPATH": _python_path()} | dict(environment or {}),
+            process_group=0,
         )
         self.settings: dict[str, Any] = {}
 
@@ -95,24 +110,33 @@ class Peer:
 
     def wait_until_ready(self) -> None:
         self.settings = self._answer()["ready"]
+        self._signal(signal.SIGSTOP)
 
     def run(self, requests: int, new_tokens: int, tasks: int) -> dict[str, Any]:
         """Figures of one batch: ``tokens``, ``seconds``, ``first`` and what the peer adds."""
         assert self._process.stdin is not None
         try:
+            self._signal(signal.SIGCONT)
             self._process.stdin.write(f"run {requests} {new_tokens} {tasks}\n")
             self._process.stdin.flush()
         except OSError:
             raise PeerFailed(self._last_words()) from None
         answer = self._answer()
+        self._signal(signal.SIGSTOP)
         if "error" in answer:
             raise PeerFailed(answer["error"])
         return answer
 
     def close(self) -> None:
         self._process.terminate()
+        if self._process.poll() is None:
+            self._signal(signal.SIGCONT)
         self._process.wait()
         self._errors.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To it and to the processes that it has started."""
+        os.killpg(self._process.pid, number)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,27 @@ serve(run, {"version": "1"}, lambda: {"more": 3})
 """
 
 
+def wait_until_stopped(pid: int) -> None:
+    """It is not its turn."""
+    state = Path(f"/proc/{pid}/stat")
+    deadline = time.monotonic() + 10
+    while state.read_text().split()[2] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_the_protocol_of_peers(harness: Any, tmp_path: Path) -> None:
     script = tmp_path / "runner.py"
     script.write_text(RUNNER)
     peer = harness.processes.Peer("fake", [sys.executable, str(script)])
     try:
         peer.wait_until_ready()
+        wait_until_stopped(peer._process.pid)
         assert peer.settings == {"version": "1"}
         figures = peer.run(3, 4, 0)
         assert figures.pop("seconds") >= 0
         assert figures == {"tokens": 12, "first": [7, 7, 7, 7], "more": 3}
+        wait_until_stopped(peer._process.pid)
         assert peer.run(3, 4, 8) == {"tokens": 12, "seconds": 0.5}
         with pytest.raises(harness.processes.PeerFailed, match="3 answers, \\[3\\] tokens long"):
             peer.run(3, 4, 7)
