@@ -15,8 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from harness.alternate import Case, Figures, take_turns
 from harness.load import batch
-from harness.machine import describe
-from harness.options import Options, parser
+from harness.options import begin
 from harness.prefixes import fill_store, task_names
 from harness.processes import Peer, serve
 from harness.report import TOKENS_PER_S, Column, Report
@@ -65,12 +64,7 @@ def _count(prefixes: int) -> str:
 
 
 def main() -> None:
-    options_parser = parser(__doc__)
-    options_parser.add_argument("--rounds", type=int)
-    arguments = options_parser.parse_args()
-    options, size = Options.of(arguments), SIZES[arguments.size]
-    rounds = arguments.rounds or size.rounds
-    machine = describe(options.threads)
+    options, size, machine = begin(__doc__, SIZES)
     flags = (f"--kv-cache-bytes={size.kv_cache_bytes}",)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
@@ -84,7 +78,7 @@ def main() -> None:
             with serve(options.flags(store, *flags)) as served:
                 batch(served.url, REQUESTS, 2, max(size.prefixes))
                 cases = cases_of(size, engine, served.url)
-                take_turns([case for some in cases.values() for case in some], rounds)
+                take_turns([case for some in cases.values() for case in some], size.rounds)
         finally:
             engine.close()
     for case, peak in zip(cases["engine"], peaks, strict=False):
@@ -92,10 +86,10 @@ def main() -> None:
             figures["kv_first_peak_bytes"] = peak
     report = Report(
         "cartridge",
-        arguments.size,
+        options.size,
         f"{REQUESTS} requests at once, {size.new_tokens} greedy tokens each, over prefixes of "
-        f"{size.num_virtual_tokens} virtual tokens; float32, {rounds} rounds. KV memory: the most "
-        "held while no other prefixes were resident.",
+        f"{size.num_virtual_tokens} virtual tokens; float32, {size.rounds} rounds. KV memory: "
+        "the most held while no other prefixes were resident.",
         machine,
         options.settings(*flags) | {"engine": engine.settings},
         [case for some in cases.values() for case in some],
@@ -104,7 +98,7 @@ def main() -> None:
     for some in cases.values():
         for case in some[:-1]:
             report.compare(f"{case.name} ÷ base model", case, some[-1])
-    report.publish(save=not arguments.no_save)
+    report.publish(save=options.save)
 
 
 if __name__ == "__main__":

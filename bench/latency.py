@@ -2,8 +2,8 @@
 
 Requests arrive as a Poisson process at 50, 80 and 95% of the capacity that is measured first, each
 for one of 32 tasks. Every latency counts from the scheduled arrival, so none is hidden by a client
-that waits. At 80% there is a second case with 20 activations a second (each moves one task to its
-other version).
+that waits. At 50 and 80% there is a second case with 20 activations a second (each moves one task
+to its other version).
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import numpy as np
 import uvloop
 from harness.alternate import Case, Figures, take_turns
 from harness.load import Ask, Connection, Reply, closed_loop, latencies, open_loop
-from harness.machine import describe
-from harness.options import Options, parser
+from harness.options import begin
 from harness.prefixes import fill_store, task_names
 from harness.processes import serve
 from harness.report import Column, Report
@@ -31,8 +30,8 @@ from peers.common.prompts import prompts
 TASKS = 32
 NUM_VIRTUAL_TOKENS = 20
 LOADS = (0.5, 0.8, 0.95)
+SWAPPED_LOADS = (0.5, 0.8)
 SWAPS_PER_S = 20
-SWAPPED = "80%, 20 activations/s"
 
 
 class Size(NamedTuple):
@@ -116,40 +115,42 @@ async def _swap(url: str, per_second: int) -> list[float]:
 
 
 def main() -> None:
-    options_parser = parser(__doc__)
-    options_parser.add_argument("--rounds", type=int)
-    arguments = options_parser.parse_args()
-    options, size = Options.of(arguments), SIZES[arguments.size]
-    rounds = arguments.rounds or size.rounds
-    machine = describe(options.threads)
+    options, size, machine = begin(__doc__, SIZES)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         fill_store(store, task_names(TASKS), options.geometry, NUM_VIRTUAL_TOKENS, versions=2)
         with serve(options.flags(store)) as served:
             uvloop.run(closed_loop(served.url, asks(64, 4), 32))
             capacity = measure_capacity(served.url, size)
-            cases = {
-                f"{load:.0%}": Case(
-                    f"{load:.0%}", partial(run, served.url, size, load * capacity, 0)
-                )
-                for load in LOADS
+
+            def case(name: str, load: float, swaps_per_s: int) -> Case:
+                return Case(name, partial(run, served.url, size, load * capacity, swaps_per_s))
+
+            plain = {load: case(f"{load:.0%}", load, 0) for load in LOADS}
+            swapped = {
+                load: case(f"{load:.0%}, {SWAPS_PER_S} activations/s", load, SWAPS_PER_S)
+                for load in SWAPPED_LOADS
             }
-            swapped = Case(SWAPPED, partial(run, served.url, size, 0.8 * capacity, SWAPS_PER_S))
-            take_turns([*cases.values(), swapped], rounds)
+            # A pair at one load runs side by side.
+            cases = [c for load in LOADS for c in (plain[load], swapped.get(load)) if c]
+            take_turns(cases, size.rounds)
     report = Report(
         "latency",
-        arguments.size,
+        options.size,
         f"Poisson arrivals at shares of the capacity, {capacity:.2f} requests/s (32 in flight), "
         f"{size.new_tokens} greedy tokens each, 32 tasks with prefixes of {NUM_VIRTUAL_TOKENS}, "
-        f"{size.seconds:.0f} s each, {rounds} rounds. Latencies count from the scheduled arrival.",
+        f"{size.seconds:.0f} s each, {size.rounds} rounds. "
+        "Latencies count from the scheduled arrival.",
         machine,
         options.settings(),
-        [*cases.values(), swapped],
+        cases,
         COLUMNS,
     )
-    for figure, title in (("itl_p99_s", "between tokens"), ("ttft_p99_s", "first token")):
-        report.compare(f"p99 {title}: 80% with ÷ without swaps", swapped, cases["80%"], figure)
-    report.publish(save=not arguments.no_save)
+    for load, with_swaps in swapped.items():
+        for figure, title in (("itl_p99_s", "between tokens"), ("ttft_p99_s", "first token")):
+            name = f"p99 {title}: {load:.0%} with ÷ without swaps"
+            report.compare(name, with_swaps, plain[load], figure)
+    report.publish(save=options.save)
 
 
 if __name__ == "__main__":

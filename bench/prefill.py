@@ -18,8 +18,7 @@ from typing import NamedTuple
 import uvloop
 from harness.alternate import Case, Figures, take_turns
 from harness.load import Ask, Reply, closed_loop, latencies
-from harness.machine import describe
-from harness.options import Options, parser
+from harness.options import begin
 from harness.prefixes import fill_store, task_names
 from harness.processes import serve
 from harness.report import TOKENS_PER_S, Column, Report
@@ -64,12 +63,7 @@ def run(url: str, size: Size) -> Figures:
 
 
 def main() -> None:
-    options_parser = parser(__doc__)
-    options_parser.add_argument("--rounds", type=int)
-    arguments = options_parser.parse_args()
-    options, size = Options.of(arguments), SIZES[arguments.size]
-    rounds = arguments.rounds or size.rounds
-    machine = describe(options.threads)
+    options, size, machine = begin(__doc__, SIZES)
     with ExitStack() as stack:
         store = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "store"
         fill_store(store, task_names(STREAMS), options.geometry, NUM_VIRTUAL_TOKENS)
@@ -80,12 +74,13 @@ def main() -> None:
             served = stack.enter_context(serve(flags))
             run(served.url, size._replace(new_tokens=4, requests=STREAMS, long_prompts=1))
             cases.append(Case(f"pieces of {piece}", partial(run, served.url, size)))
-        take_turns(cases, rounds)
+        take_turns(cases, size.rounds)
     report = Report(
         "prefill",
-        arguments.size,
+        options.size,
         f"{STREAMS} short requests in flight ({size.requests} of {size.new_tokens} tokens), beside "
-        f"them {size.long_prompts} prompts of a thousand tokens, one at a time, {rounds} rounds.",
+        f"them {size.long_prompts} prompts of a thousand tokens, one at a time, "
+        f"{size.rounds} rounds.",
         machine,
         options.settings(),
         cases,
@@ -96,7 +91,7 @@ def main() -> None:
             Column("long_first_p50_s", "long prompt: first token p50, ms", 1e3),
         ),
     )
-    report.publish(save=not arguments.no_save)
+    report.publish(save=options.save)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from typing import NamedTuple
 import uvloop
 from harness.alternate import Case, Figures, take_turns
 from harness.load import Ask, closed_loop
-from harness.machine import describe
-from harness.options import Options, parser
+from harness.options import Options, begin
 from harness.prefixes import fill_store, task_names
 from harness.processes import serve
 from harness.report import Column, Report
@@ -65,28 +64,24 @@ def kv_bytes_per_token(options: Options) -> int:
 
 
 def main() -> None:
-    options_parser = parser(__doc__)
-    options_parser.add_argument("--rounds", type=int)
-    arguments = options_parser.parse_args()
-    options, size = Options.of(arguments), SIZES[arguments.size]
-    rounds = arguments.rounds or size.rounds
-    machine = describe(options.threads)
+    options, size, machine = begin(__doc__, SIZES)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         fill_store(store, task_names(TASKS), options.geometry, NUM_VIRTUAL_TOKENS)
-        if arguments.size == "full":
+        if options.size == "full":
             run(options, store, 2)
         case = Case("demo model, warm", partial(run, options, store, size.new_tokens))
-        take_turns([case], rounds)
+        take_turns([case], size.rounds)
     if not case.failed:
         for figures in case.runs:
             expected = figures["weights_bytes"] + figures["kv_pool_bytes"]
             figures["rss_over_expected"] = figures["rss_bytes"] / expected
     report = Report(
         "startup",
-        arguments.size,
-        f"From the start of the process to the first token of one request, {rounds} rounds; then "
-        f"resident memory after {TASKS} requests of {TASKS} tasks, {size.new_tokens} tokens each.",
+        options.size,
+        f"From the start of the process to the first token of one request, "
+        f"{size.rounds} rounds; then resident memory after {TASKS} requests of {TASKS} tasks, "
+        f"{size.new_tokens} tokens each.",
         machine,
         options.settings(),
         [case],
@@ -100,7 +95,7 @@ def main() -> None:
             Column("rss_over_expected", "RSS ÷ (weights + pool)"),
         ),
     )
-    report.publish(save=not arguments.no_save)
+    report.publish(save=options.save)
 
 
 if __name__ == "__main__":

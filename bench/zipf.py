@@ -24,8 +24,7 @@ import numpy as np
 import uvloop
 from harness.alternate import Case, Figures, take_turns
 from harness.load import Ask, closed_loop, latencies
-from harness.machine import describe
-from harness.options import Options, parser
+from harness.options import Options, begin
 from harness.prefixes import fill_store, task_names
 from harness.processes import serve
 from harness.report import TOKENS_PER_S, Column, Report
@@ -107,12 +106,7 @@ def count_loads(metrics: str) -> float:
 
 
 def main() -> None:
-    options_parser = parser(__doc__)
-    options_parser.add_argument("--rounds", type=int)
-    arguments = options_parser.parse_args()
-    options, size = Options.of(arguments), SIZES[arguments.size]
-    rounds = arguments.rounds or size.rounds
-    machine = describe(options.threads)
+    options, size, machine = begin(__doc__, SIZES)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         names = task_names(size.tasks)
@@ -124,14 +118,15 @@ def main() -> None:
             uvloop.run(closed_loop(served.url, [Ask("task-0", "Hello", 2)] * 32, CONCURRENCY))
             cold = Case(f"Zipf, {size.tasks} tasks, cold", bench.cold)
             hits = Case("Zipf, no misses", partial(bench.no_misses, served.url))
-            take_turns([warm, cold, hits], rounds)
+            take_turns([warm, cold, hits], size.rounds)
     report = Report(
         "zipf",
-        arguments.size,
+        options.size,
         f"{size.requests} requests of {size.new_tokens} greedy tokens, {CONCURRENCY} in flight, "
         f"{size.tasks} tasks with prefixes of {NUM_VIRTUAL_TOKENS} virtual tokens (float16, "
-        f"distinct files) in a disk store, {rounds} rounds. Cold: {size.device_prefixes} prefixes "
-        "on the device, none in host memory, a fresh server each round.",
+        f"distinct files) in a disk store, {size.rounds} rounds. "
+        f"Cold: {size.device_prefixes} prefixes on the device, none in host memory, "
+        "a fresh server each round.",
         machine,
         options.settings(*bench.cold_flags),
         [warm, cold, hits],
@@ -146,7 +141,7 @@ def main() -> None:
     )
     report.compare("throughput: Zipf cold ÷ one task", cold, warm)
     report.compare("p99 between tokens: Zipf cold ÷ no misses", cold, hits, "itl_p99_s")
-    report.publish(save=not arguments.no_save)
+    report.publish(save=options.save)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
+from harness.machine import describe
 from prefixd_server.models.demo import demo_model_folder
 from prefixd_store.geometry import Geometry
 from prefixd_store.model_config import geometry_folder
 
-__all__ = ["Options", "parser"]
+__all__ = ["Options", "begin", "parser"]
+
+
+class _Size(Protocol):
+    @property
+    def rounds(self) -> int: ...
+    def _replace(self, *, rounds: int) -> Self: ...
+
+
+S = TypeVar("S", bound=_Size)
 
 
 @dataclass(frozen=True)
@@ -22,10 +32,12 @@ class Options:
     size: str
     threads: int
     server_args: tuple[str, ...]
+    save: bool
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Options:
-        return cls(arguments.size, arguments.threads, tuple(shlex.split(arguments.server_args)))
+        server_args = tuple(shlex.split(arguments.server_args))
+        return cls(arguments.size, arguments.threads, server_args, not arguments.no_save)
 
     @cached_property
     def model(self) -> Path:
@@ -65,3 +77,15 @@ def parser(description: str | None, sizes: Iterable[str] = ("smoke", "full")) ->
         "--server-args", default="", help="more flags for prefixd serve, as one string"
     )
     return made
+
+
+def begin(description: str | None, sizes: Mapping[str, S]) -> tuple[Options, S, dict[str, Any]]:
+    """Of a benchmark without options of its own: what the command line says, the size with its
+    --rounds, and the machine as it is before anything runs."""
+    made = parser(description)
+    made.add_argument("--rounds", type=int)
+    arguments = made.parse_args()
+    options, size = Options.of(arguments), sizes[arguments.size]
+    if arguments.rounds:
+        size = size._replace(rounds=arguments.rounds)
+    return options, size, describe(options.threads)
