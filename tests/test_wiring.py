@@ -1,7 +1,8 @@
-"""Which attention backend a configuration gets, where there is a device and where there is none."""
+"""What a configuration becomes: the attention backend, on a device and without, and the limits."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 import prefixd_server.wiring as wiring
+from prefixd_server.config import CacheConfig, Config, ModelConfig, SchedulerConfig, StoreConfig
 from prefixd_server.errors import UnsupportedModel
+from prefixd_server.models.loader import load_model
 from prefixd_server.native import kernels
+from tests.support.models import tiny_model_folder
 
 
 @pytest.fixture
@@ -65,3 +69,22 @@ def test_kernels_that_could_not_be_compiled_are_not_asked_for(
     monkeypatch.setattr(kernels, "load", lambda: None)
     wiring._make_backend("auto", pool_on("cpu"))
     assert made == ["sdpa"]
+
+
+def test_the_budgets_of_a_step_on_the_cpu(tmp_path: Path) -> None:
+    folder = tiny_model_folder("llama", tmp_path / "model")
+    model = load_model(ModelConfig(model=str(folder), device="cpu", threads=1))
+
+    def limits(**given: int) -> tuple[int, int]:
+        config = Config(
+            store=StoreConfig(store=str(tmp_path / "store")),
+            cache=CacheConfig(kv_cache_bytes=1 << 20),
+            scheduler=SchedulerConfig(**given),
+        )
+        server = wiring.Server(config, model=model)
+        server.close()
+        scheduler = server.engine.scheduler
+        return scheduler.max_num_batched_tokens, scheduler.max_prefill_tokens
+
+    assert limits() == (512, 128)
+    assert limits(max_num_batched_tokens=96, max_prefill_tokens=32) == (96, 32)

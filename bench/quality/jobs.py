@@ -24,10 +24,10 @@ LEARNING_RATES = {
     "peft-prefix": (3e-2, 1e-1),
     "peft-prompt": (3e-2, 1e-1),
     "peft-lora": (3e-3, 1e-2),
-    "peft-ia3": (1e-2, 3e-2, 3e-3),
+    "peft-ia3": (3e-2, 1e-1, 1e-2, 3e-3),
     "peft-loha": (1e-3, 3e-3),
-    "fine-tuning": (5e-5, 1e-4, 2e-5),
-    "top-2-layers": (3e-4, 1e-3, 1e-4),
+    "fine-tuning": (1e-4, 2e-4, 5e-5, 2e-5),
+    "top-2-layers": (1e-3, 3e-3, 3e-4, 1e-4),
 }
 """Of each trained method those tried on the dev set; the first is taken where none was tried."""
 

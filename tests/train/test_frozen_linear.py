@@ -61,7 +61,7 @@ def test_output_and_gradient_are_torchs(
     assert len(calls) == 2, "forward and backward are both oneDNN's"
 
 
-def test_a_gradient_of_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_of_any_strides() -> None:
     plain, fast = pair(nn.Linear(8, 6, bias=False))
     for layer in (plain, fast):
         layer.x = torch.ones(5, 8, requires_grad=True)  # type: ignore[assignment]
