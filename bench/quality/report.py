@@ -13,6 +13,7 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,12 +156,40 @@ def differences(rows: Rows) -> list[str]:
     cells = []
     for name in sorted(rows, key=lambda name: order(rows[name][0])):
         if name != best:
-            found = difference(seeds(rows[best]), seeds(rows[name]))
-            by_seed = ", ".join(f"{value:+.1f}" for value in found.by_seed)
-            interval = f"{found.low:+.1f} … {found.high:+.1f}"
-            cells.append([name, f"{found.value:+.1f}", interval, by_seed])
+            cells.append([name, *difference_cells(rows[best], rows[name])])
     columns = [f"BLEU of {best} less that of", "difference", "95 %, paired", "by seed"]
     return ["", *lines_of(columns, cells)] if cells else []
+
+
+def difference_cells(mine: Sequence[Result], other: Sequence[Result]) -> list[str]:
+    found = difference(seeds(mine), seeds(other))
+    by_seed = ", ".join(f"{value:+.1f}" for value in found.by_seed)
+    return [f"{found.value:+.1f}", f"{found.low:+.1f} … {found.high:+.1f}", by_seed]
+
+
+def words_over_random(rows: Rows) -> list[str]:
+    """What starting from words gives over starting at random: at the same rate, and each at the
+    rate with the least loss on dev."""
+    cells = []
+    for kind in ("prefix-mlp", "prefix-direct"):
+        by_rate = [
+            {mine[0]["lr"]: mine for name, mine in rows.items() if name.startswith(f"{start}, lr")}
+            for start in (f"{kind}-words", f"{kind}-random")
+        ]
+        words, random = by_rate
+        for lr in sorted(words.keys() & random.keys()):
+            cells.append([kind, f"{lr:g}", f"{lr:g}", *difference_cells(words[lr], random[lr])])
+        if min(map(len, by_rate)) > 1:
+            rates = [min(found, key=partial(_dev_loss_at, found)) for found in by_rate]
+            best = difference_cells(words[rates[0]], random[rates[1]])
+            cells.append([f"{kind}, each at its best on dev", *map("{:g}".format, rates), *best])
+    columns = ["BLEU from words less from random", "lr", "lr of random", "difference"]
+    columns += ["95 %, paired", "by seed"]
+    return ["", *lines_of(columns, cells)] if cells else []
+
+
+def _dev_loss_at(by_rate: dict[float, list[Result]], lr: float) -> float:
+    return mean(by_rate[lr], dev_loss)
 
 
 def seeds(results: Sequence[Result]) -> dict[int, Any]:
@@ -189,7 +218,8 @@ def markdown(results: Sequence[Result]) -> str:
         "",
     ]
     for found, rows in sorted(by_setting(results).items(), key=lambda item: str(item[0])):
-        lines += [f"## {found.title}", "", *table(rows), *differences(rows), ""]
+        lines += [f"## {found.title}", "", *table(rows), *differences(rows)]
+        lines += [*words_over_random(rows), ""]
     lines += tuned(results)
     versions = results[-1]["versions"]
     lines.append(", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
