@@ -1,36 +1,54 @@
 """What a prefix costs in training: tokens a second against the plain LM on the same batch.
 
     python bench/train_speed.py --model demo --virtual-tokens 10,100
+    python bench/train_speed.py --model 1b --rounds 2    # random weights of Llama 3.2 1B's sizes
 
 The plain LM is transformers' own with SDPA and frozen weights, whose embeddings require a gradient
 so that the backward runs through every layer. It computes its loss two ways: on all logits, as
 ``labels=`` does, and on those of the targets alone, as the trainer does. All are run in turn,
-round after round, and the median of each is compared.
+round after round, and the median of each is compared. Memory is the most that a run held beyond
+what there was before it, so without the weights: activations and gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from harness.machine import describe
+from harness.report import RAW
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prefixd_train.batching import IGNORED, Batch
 from prefixd_train.lm import FrozenLM, load_lm
 from prefixd_train.objective import negative_log_likelihood
 from prefixd_train.parameterise import PrefixParameters, make_prefix
 
+GEOMETRIES = {"360m": (960, 2560, 32, 15, 5, 49152), "1b": (2048, 8192, 16, 32, 8, 128256)}
+"""hidden and intermediate size, layers, heads, KV heads, vocabulary: SmolLM2's, Llama 3.2's"""
+CLEAR_REFS, PEAK = Path("/proc/self/clear_refs"), "5"
+
+
+class Taken(NamedTuple):
+    seconds: float
+    bytes: int
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
+    parser.add_argument(
+        "--model", default="demo", help=f"folder, hub id, demo, or random: {', '.join(GEOMETRIES)}"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -38,36 +56,65 @@ def main() -> None:
     parser.add_argument("--target-tokens", type=int, default=32)
     parser.add_argument("--virtual-tokens", default="10,100")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-save", action="store_true", help="print only, append to no file")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(options, random_model(options, Path(folder) / options.model))
+    print(json.dumps(result, indent=1))
+    if not options.no_save:
+        with (RAW / "train_speed.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
 
-    lm = load_lm(options.model, dtype=options.dtype, device=options.device)
+
+def random_model(options: argparse.Namespace, folder: Path) -> str:
+    """The folder of random weights in one of GEOMETRIES, made now; or the name that was given."""
+    if options.model not in GEOMETRIES:
+        return str(options.model)
+    demo = load_lm("demo")
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = GEOMETRIES[options.model]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    demo.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(options: argparse.Namespace, model: str) -> dict[str, object]:
+    machine = describe(torch.get_num_threads())
+    lm = load_lm(model, dtype=options.dtype, device=options.device)
     batch = make_batch(options, lm)
     runs = plain_runs(lm, batch)
     for length in map(int, options.virtual_tokens.split(",")):
         for kind in ("direct", "mlp"):
             prefix = make_prefix(lm.shapes, {"decoder": length}, kind).to(lm.device)  # type: ignore[arg-type]
             runs[f"prefix of {length}, {kind}"] = prefix_run(lm, batch, prefix)
-    seconds = measure(runs, lm, options.rounds)
+    taken = measure(runs, lm, options.rounds)
     targets = batch.num_targets
-    base = statistics.median(seconds["plain"])
-    result = {
-        "model": lm.name,
+    seconds = {name: statistics.median(one.seconds for one in some) for name, some in taken.items()}
+    return {
+        "model": options.model,
+        "parameters": sum(parameter.numel() for parameter in lm.module.parameters()),
         "device": options.device,
         "dtype": options.dtype,
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
+        "machine": machine,
         "batch": [options.batch_size, options.source_tokens, options.target_tokens],
         "runs": {
             name: {
-                "target_tokens_per_s": round(targets / statistics.median(taken), 1),
-                "of_plain": round(base / statistics.median(taken), 3),
-                "seconds": [round(value, 4) for value in taken],
+                "target_tokens_per_s": round(targets / seconds[name], 1),
+                "of_plain": round(seconds["plain"] / seconds[name], 3),
+                "seconds": [round(one.seconds, 4) for one in some],
+                "peak_mib": round(statistics.median(one.bytes for one in some) / 2**20),
             }
-            for name, taken in seconds.items()
+            for name, some in taken.items()
         },
     }
-    print(json.dumps(result, indent=1))
 
 
 def make_batch(options: argparse.Namespace, lm: FrozenLM) -> Batch:
@@ -122,17 +169,39 @@ def prefix_run(lm: FrozenLM, batch: Batch, prefix: PrefixParameters) -> Callable
 
 def measure(
     runs: dict[str, Callable[[], None]], lm: FrozenLM, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round; a first round is thrown away."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+) -> dict[str, list[Taken]]:
+    """Of each run in each round; a first round is thrown away."""
+    taken: dict[str, list[Taken]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():
+            before = start_peak(lm.device)
             start = time.perf_counter()
             run()
             if lm.device.type == "cuda":
                 torch.cuda.synchronize()
-            taken[name].append(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            taken[name].append(Taken(seconds, peak(lm.device) - before))
     return {name: values[1:] for name, values in taken.items()}
+
+
+def start_peak(device: torch.device) -> int:
+    """Bytes in use; the peak is counted from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    # What earlier runs freed is not yet the system's.
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR_REFS.write_text(PEAK)
+    return status("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else status("VmHWM")
+
+
+def status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 if __name__ == "__main__":
