@@ -2,7 +2,7 @@
 
 ``python bench/cartridge.py``: the engine without HTTP, and over HTTP. The engine also tells the
 most KV memory that a run held: one copy a prefix, however many requests use it, and the requests'
-own pages.
+own pages. *Ungrouped* is the engine as it would be if each request read its prefix for itself.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from harness.alternate import Case, Figures, take_turns
 from harness.load import batch
 from harness.options import begin
 from harness.prefixes import fill_store, task_names
-from harness.processes import Peer, serve
+from harness.processes import Peer, Served, serve
 from harness.report import TOKENS_PER_S, Column, Report
 
 REQUESTS = 32
+UNGROUPED = "--ungrouped"
 MIB = 1 / 2**20
 
 
@@ -44,11 +45,16 @@ def run(engine: Peer, new_tokens: int, prefixes: int) -> Figures:
     return figures
 
 
-def cases_of(size: Size, engine: Peer, url: str) -> dict[str, list[Case]]:
+def over_http(served: Served, new_tokens: int, prefixes: int) -> Figures:
+    with served.turn():
+        return batch(served.url, REQUESTS, new_tokens, prefixes)
+
+
+def cases_of(size: Size, engine: Peer, served: Served) -> dict[str, list[Case]]:
     """Of the engine and over HTTP: one case for each number of prefixes, then the base model."""
     runs = {
         "engine": partial(run, engine, size.new_tokens),
-        "HTTP": partial(batch, url, REQUESTS, size.new_tokens),
+        "HTTP": partial(over_http, served, size.new_tokens),
     }
     return {
         kind: [
@@ -71,19 +77,28 @@ def main() -> None:
         names = task_names(max(size.prefixes))
         fill_store(store, names, options.geometry, size.num_virtual_tokens, dtype=np.float16)
         engine = Peer.engine(options.flags(store, *flags))
+        ungrouped = Peer.engine([*options.flags(store, *flags), UNGROUPED])
         try:
-            engine.wait_until_ready()
-            # From few prefixes to many: each peak is taken before more of them are resident.
-            peaks = [run(engine, 2, n)["kv_peak_bytes"] for n in size.prefixes]
+            for each in (engine, ungrouped):
+                each.wait_until_ready()
+            # From few prefixes to many: each is taken before more of them are resident.
+            held = [run(engine, size.new_tokens, n) for n in size.prefixes]
+            run(ungrouped, 2, 1)
             with serve(options.flags(store, *flags)) as served:
-                batch(served.url, REQUESTS, 2, max(size.prefixes))
-                cases = cases_of(size, engine, served.url)
-                take_turns([case for some in cases.values() for case in some], size.rounds)
+                over_http(served, 2, max(size.prefixes))
+                cases = cases_of(size, engine, served)
+                alone = Case(
+                    "engine, 1 prefix, ungrouped", partial(run, ungrouped, size.new_tokens, 1)
+                )
+                listed = [*cases["engine"], alone, *cases["HTTP"]]
+                take_turns(listed, size.rounds)
         finally:
             engine.close()
-    for case, peak in zip(cases["engine"], peaks, strict=False):
+            ungrouped.close()
+    for case, first in zip(cases["engine"], held, strict=False):
         for figures in case.runs:
-            figures["kv_first_peak_bytes"] = peak
+            figures["kv_first_peak_bytes"] = first["kv_peak_bytes"]
+            figures["kv_first_prefix_bytes"] = first["kv_prefix_bytes"]
     report = Report(
         "cartridge",
         options.size,
@@ -92,9 +107,14 @@ def main() -> None:
         "the most held while no other prefixes were resident.",
         machine,
         options.settings(*flags) | {"engine": engine.settings},
-        [case for some in cases.values() for case in some],
-        (TOKENS_PER_S, Column("kv_first_peak_bytes", "KV memory, MiB", MIB)),
+        listed,
+        (
+            TOKENS_PER_S,
+            Column("kv_first_peak_bytes", "KV memory, MiB", MIB),
+            Column("kv_first_prefix_bytes", "of it prefixes, MiB", MIB),
+        ),
     )
+    report.compare("engine, 1 prefix: grouped ÷ ungrouped", cases["engine"][0], alone)
     for some in cases.values():
         for case in some[:-1]:
             report.compare(f"{case.name} ÷ base model", case, some[-1])

@@ -20,7 +20,7 @@ from harness.alternate import Case, Figures, take_turns
 from harness.load import Ask, Reply, closed_loop, latencies
 from harness.options import begin
 from harness.prefixes import fill_store, task_names
-from harness.processes import serve
+from harness.processes import Served, serve
 from harness.report import TOKENS_PER_S, Column, Report
 from peers.common.prompts import prompts
 
@@ -54,9 +54,10 @@ async def both(url: str, size: Size) -> tuple[list[Reply], list[Reply]]:
     return await asyncio.gather(closed_loop(url, short, STREAMS), closed_loop(url, long, 1))
 
 
-def run(url: str, size: Size) -> Figures:
-    start = time.perf_counter()
-    short, long = uvloop.run(both(url, size))
+def run(served: Served, size: Size) -> Figures:
+    with served.turn():
+        start = time.perf_counter()
+        short, long = uvloop.run(both(served.url, size))
     seconds = max(reply.tokens_at[-1] for reply in short) - start
     figures = {"tokens": size.requests * size.new_tokens, "seconds": seconds, **latencies(short)}
     return figures | {"long_first_p50_s": statistics.median(reply.first_s for reply in long)}
@@ -72,8 +73,8 @@ def main() -> None:
             limits = (f"--max-num-batched-tokens={piece + 128}", f"--max-prefill-tokens={piece}")
             flags = options.flags(store, *limits)
             served = stack.enter_context(serve(flags))
-            run(served.url, size._replace(new_tokens=4, requests=STREAMS, long_prompts=1))
-            cases.append(Case(f"pieces of {piece}", partial(run, served.url, size)))
+            run(served, size._replace(new_tokens=4, requests=STREAMS, long_prompts=1))
+            cases.append(Case(f"pieces of {piece}", partial(run, served, size)))
         take_turns(cases, size.rounds)
     report = Report(
         "prefill",

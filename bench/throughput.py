@@ -187,8 +187,9 @@ def compare(report: Report, bench: Bench, workloads: Sequence[str], peers: Seque
         for name in peers:
             for job in PEERS[name].jobs:
                 theirs = get(f"{name}, {workload}, {job.label}")
-                label = f"{workload}: engine, {mixed} ÷ {name}, {job.label}"
-                report.compare(label, engine, theirs)
+                for kind, ours in (("engine", engine), ("HTTP", http)):
+                    label = f"{workload}: {kind}, {mixed} ÷ {name}, {job.label}"
+                    report.compare(label, ours, theirs)
 
 
 def main() -> None:

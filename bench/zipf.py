@@ -26,7 +26,7 @@ from harness.alternate import Case, Figures, take_turns
 from harness.load import Ask, closed_loop, latencies
 from harness.options import Options, begin
 from harness.prefixes import fill_store, task_names
-from harness.processes import serve
+from harness.processes import Served, serve
 from harness.report import TOKENS_PER_S, Column, Report
 from peers.common.prompts import prompts
 
@@ -60,14 +60,17 @@ class Bench:
         tasks = random.choice(self.size.tasks, size=self.size.requests, p=weights / weights.sum())
         return self._asks([f"task-{number}" for number in tasks])
 
-    def one_task(self, url: str) -> Figures:
-        return load(url, self._asks(["task-0"] * self.size.requests))
+    def one_task(self, warm: Served) -> Figures:
+        with warm.turn():
+            return load(warm.url, self._asks(["task-0"] * self.size.requests))
 
-    def no_misses(self, url: str) -> Figures:
+    def no_misses(self, warm: Served) -> Figures:
         work = self.draw("no misses")
         distinct = sorted({ask.task for ask in work})
-        uvloop.run(closed_loop(url, [Ask(task, "Hello", 1) for task in distinct], CONCURRENCY))
-        return load(url, work)
+        with warm.turn():
+            first = [Ask(task, "Hello", 1) for task in distinct]
+            uvloop.run(closed_loop(warm.url, first, CONCURRENCY))
+            return load(warm.url, work)
 
     def cold(self) -> Figures:
         work = self.draw("cold")
@@ -114,10 +117,10 @@ def main() -> None:
         os.sync()  # a dirty page cannot be dropped from the cache
         bench = Bench(options, size, store)
         with serve(options.flags(store)) as served:
-            warm = Case("one task", partial(bench.one_task, served.url))
+            warm = Case("one task", partial(bench.one_task, served))
             uvloop.run(closed_loop(served.url, [Ask("task-0", "Hello", 2)] * 32, CONCURRENCY))
             cold = Case(f"Zipf, {size.tasks} tasks, cold", bench.cold)
-            hits = Case("Zipf, no misses", partial(bench.no_misses, served.url))
+            hits = Case("Zipf, no misses", partial(bench.no_misses, served))
             take_turns([warm, cold, hits], size.rounds)
     report = Report(
         "zipf",

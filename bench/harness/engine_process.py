@@ -1,6 +1,7 @@
 """prefixd's engine, fed through its mailbox: no HTTP, no text. Speaks ``peer.serve``'s lines.
 
-Takes the flags of ``prefixd serve``. Its tasks are ``task-0``, ``task-1`` … of the store. Beside
+Takes the flags of ``prefixd serve``, and ``--ungrouped``: a prefix is read again for each sequence
+of a step. Its tasks are ``task-0``, ``task-1`` … of the store. Beside
 the tokens it reports the most KV memory that a run held, and what it keeps for prefixes.
 """
 
@@ -16,11 +17,14 @@ import peer  # isort: skip
 import typer
 from prompts import prompts
 
+from prefixd_server.attention.native import NativeBackend
 from prefixd_server.cli import freeze_heap, load_config, register
 from prefixd_server.config import Config
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.types import EngineRequest, Output, SamplingParams
 from prefixd_server.wiring import Server
+
+UNGROUPED = "--ungrouped"
 
 
 class Engine:
@@ -101,7 +105,11 @@ def config_of(flags: Sequence[str]) -> Config:
 
 
 def main() -> None:
-    engine = Engine(config_of(sys.argv[1:]))
+    engine = Engine(config_of([flag for flag in sys.argv[1:] if flag != UNGROUPED]))
+    if UNGROUPED in sys.argv:
+        backend = engine.server.engine.runner.backend
+        assert isinstance(backend, NativeBackend)
+        backend.grouped = False
     engine.server.start()
     freeze_heap()
     try:

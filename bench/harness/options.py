@@ -63,7 +63,8 @@ class Options:
         ]
 
     def settings(self, *more: str) -> dict[str, Any]:
-        return {"flags": " ".join((*more, *self.server_args)) or "none but the model's and store's"}
+        flags = [flag for flag in self.flags(Path("STORE"), *more) if "STORE" not in flag]
+        return {"flags": " ".join(flags)}
 
 
 def parser(description: str | None, sizes: Iterable[str] = ("smoke", "full")) -> Any:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefixd_store.errors import StoreUnavailable
 from prefixd_store.records import Event, TaskRecord, VersionRecord
 
 __all__ = ["PutResult", "Store", "TaskPage", "open_store"]
@@ -123,12 +124,18 @@ class Store(ABC):
 
 def open_store(url: str, **options: Any) -> Store:
     """``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` and ``redis+cluster://`` open
-    Redis; anything else is a folder (``file://`` allowed), created when missing."""
+    Redis; ``file://`` or a path is a folder, created when missing. Raises StoreUnavailable for
+    another scheme, and what opening raises."""
     scheme = url.split("://", 1)[0] if "://" in url else "file"
     if scheme in {"redis", "rediss", "unix"} or scheme.startswith(("redis+", "rediss+")):
         from prefixd_store.redis_store import RedisStore
 
         return RedisStore.from_url(url, **options)
+    if scheme != "file":
+        raise StoreUnavailable(
+            f"store {url}: {scheme}:// is none of redis://, rediss://, unix://,"
+            " redis+sentinel://, redis+cluster://, file://"
+        )
     from prefixd_store.disk import DiskStore
 
     return DiskStore(Path(url.removeprefix("file://")), **options)

@@ -58,6 +58,15 @@ def test_urls_of_a_folder(tmp_path: Path, blob: MakeBlob) -> None:
     assert open_store(f"{tmp_path}/deep/store").get_task(TENANT, "e2e").active == 1
 
 
+def test_a_scheme_that_no_store_has_is_not_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreUnavailable, match="disk:// is none of"):
+        open_store("disk:///var/lib/prefixd")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "grow", "empty"])
 def test_a_torn_blob_is_reported_and_never_served(
     root: Path, disk: DiskStore, blob: MakeBlob, damage: str, caplog: pytest.LogCaptureFixture

@@ -42,16 +42,24 @@ class NativeBackend(AttentionBackend):
             raise ValueError("the CPU kernels could not be compiled")
         if pool.device.type != "cpu" or pool.dtype != torch.float32:
             raise ValueError(f"the CPU kernels are for float32, not {pool.dtype} on {pool.device}")
+        self.grouped = True
+        """A prefix of several sequences is read once for all; not so only to measure it."""
         self._kernels = loaded
         self._reference = SDPABackend(pool)
 
     def plan(self, spans: Sequence[Span]) -> NativePlan:
-        return NativePlan(self.pool, self._kernels, self._reference, spans)
+        return NativePlan(self.pool, self._kernels, self._reference, spans, grouped=self.grouped)
 
 
 class NativePlan(StepPlan):
     def __init__(
-        self, pool: KVPool, kernels: Kernels, reference: SDPABackend, spans: Sequence[Span]
+        self,
+        pool: KVPool,
+        kernels: Kernels,
+        reference: SDPABackend,
+        spans: Sequence[Span],
+        *,
+        grouped: bool = True,
     ) -> None:
         self._pool = pool
         self._kernels = kernels
@@ -59,7 +67,7 @@ class NativePlan(StepPlan):
         self._spans = spans
         self._reference_plan: StepPlan | None = None
         self.slots = _new_slots(spans, pool.page_size)
-        self.parts = _parts(spans, pool.page_size)
+        self.parts = _parts(spans, pool.page_size, grouped=grouped)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: LayerOptions
@@ -98,13 +106,13 @@ def _new_slots(spans: Sequence[Span], page_size: int) -> np.ndarray[tuple[int], 
     return np.array(slots, dtype=np.int64)
 
 
-def _parts(spans: Sequence[Span], page_size: int) -> AttentionParts:
+def _parts(spans: Sequence[Span], page_size: int, *, grouped: bool) -> AttentionParts:
     parts: list[tuple[int, int, int, int, int, int, int]] = []
     pages: list[int] = []
     rows: list[int] = []
     query_index: list[int] = []
     # A prefix's first page is its alone.
-    users = Counter(span.prefix_pages[0] for span in spans if span.prefix_len)
+    users = Counter(span.prefix_pages[0] for span in spans if grouped and span.prefix_len)
     shared: dict[int, tuple[Span, list[int]]] = {}  # a prefix -> one of its users, all its queries
 
     def add(span: Span, queries: Sequence[int], first: int, end: int) -> None:
