@@ -46,7 +46,7 @@ format: setup    ## rewrite files to the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup     ## every benchmark in short, two minutes
+bench: setup     ## the workloads of the server in short, two minutes
 	$(BIN)/python bench/all.py --size smoke
 
 clean:           ## remove what make created, but not the store

@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: ``python bench/all.py --size smoke``."""
+"""The workloads of the server, one after the other: ``python bench/all.py --size smoke``."""
 
 from __future__ import annotations
 
