@@ -58,13 +58,17 @@ class _Rows(PrefixParameters):
         for site, length in lengths.items():
             layers, heads, dim = shapes[site]
             width = layers * 2 * heads * dim
-            if frozen_first:
-                self.register_buffer(_frozen(site), torch.zeros(frozen_first, width))
             self._add_site(site, length - frozen_first, width)
+            if frozen_first:
+                self.register_buffer(_frozen(site), self._random_rows(site, frozen_first, width))
 
     @abstractmethod
     def _add_site(self, site: Site, length: int, width: int) -> None:
         """Make the parameters of ``length`` trained rows, with random values."""
+
+    @abstractmethod
+    def _random_rows(self, site: Site, length: int, width: int) -> Tensor:
+        """[length, width], drawn as the trained rows are before ``set_kv``."""
 
     @abstractmethod
     def _trained(self, site: Site) -> Tensor: ...
@@ -107,7 +111,10 @@ class DirectPrefix(_Rows):
     """The rows are the parameters, drawn from N(0, 1) as PEFT's."""
 
     def _add_site(self, site: Site, length: int, width: int) -> None:
-        self.register_parameter(site, nn.Parameter(torch.randn(length, width)))
+        self.register_parameter(site, nn.Parameter(self._random_rows(site, length, width)))
+
+    def _random_rows(self, site: Site, length: int, width: int) -> Tensor:
+        return torch.randn(length, width)
 
     def _trained(self, site: Site) -> Tensor:
         return cast(Tensor, getattr(self, site))
@@ -144,6 +151,11 @@ class MLPPrefix(_Rows):
         self.add_module(site, nn.Sequential(*layers, nn.Linear(self.middle, width)))
         self.add_module(f"{site}_input", embedding)
 
+    @torch.no_grad()
+    def _random_rows(self, site: Site, length: int, width: int) -> Tensor:
+        network, _ = self._modules_of(site)
+        return cast(Tensor, network(nn.Embedding(length, self.hidden).weight))
+
     def _trained(self, site: Site) -> Tensor:
         network, embedding = self._modules_of(site)
         return cast(Tensor, network(embedding.weight))
@@ -177,8 +189,8 @@ def make_prefix(
     frozen_first: int = 0,
 ) -> PrefixParameters:
     """``hidden``: the width of P'; ``middle``: of the MLP. ``frozen_first``: that many first tokens
-    of each site keep the values of ``set_kv`` (Cartridges). Random values come from torch's global
-    generator. Raises ValueError."""
+    of each site keep the values of ``set_kv`` (Cartridges), or the random ones. Random values come
+    from torch's global generator. Raises ValueError."""
     _check(shapes, lengths, dropout, frozen_first)
     ordered = {site: lengths[site] for site in SITES if site in lengths}
     if parameterisation == "direct":
