@@ -5,6 +5,7 @@ Rows are laid out as PEFT's: one a virtual token, ``[L, 2, H_kv, D]`` flattened 
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
@@ -16,12 +17,18 @@ from torch import Tensor, nn
 from prefixd_train.sites import SITES, PrefixKV, Site, SiteShape
 
 __all__ = [
+    "FIT_TOLERANCE",
     "DirectPrefix",
     "MLPPrefix",
     "Parameterisation",
     "PrefixParameters",
     "make_prefix",
 ]
+
+log = logging.getLogger(__name__)
+
+FIT_TOLERANCE = 1e-3
+"""of an MLP to first values, relative; float32 leaves some 1e-6 where there is an exact solution"""
 
 Parameterisation = Literal["direct", "mlp", "mlp-deep"]
 
@@ -163,7 +170,7 @@ class MLPPrefix(_Rows):
     def _set_trained(self, site: Site, rows: Tensor) -> None:
         """The paper fits the MLP by gradient steps. Its last layer is linear, so least squares over
         that layer is solved at once: exactly where P <= middle. Of all solutions it is the one
-        nearest to the random weights."""
+        nearest to the random weights. Warns where what is left is more than FIT_TOLERANCE."""
         network, embedding = self._modules_of(site)
         last = cast(nn.Linear, network[-1])
         inputs = network[:-1](embedding.weight).double()
@@ -172,6 +179,18 @@ class MLPPrefix(_Rows):
         change = torch.linalg.pinv(inputs) @ missing  # [middle + 1, W]
         last.weight.add_(change[:-1].T.to(last.weight))
         last.bias.add_(change[-1].to(last.bias))
+        error = float((self._trained(site) - rows).norm() / rows.norm().clamp_min(1e-30))
+        if error > FIT_TOLERANCE:
+            log.warning(
+                "the MLP gives the first %s values with a relative error of %.2g: it has an exact"
+                " solution for up to %d virtual tokens (middle), and there are %d. A middle of %d"
+                " or parameterisation 'direct' begins where it is told to",
+                site,
+                error,
+                self.middle,
+                len(rows),
+                len(rows),
+            )
 
     def _modules_of(self, site: Site) -> tuple[nn.Sequential, nn.Embedding]:
         network, embedding = getattr(self, site), getattr(self, f"{site}_input")
