@@ -173,18 +173,35 @@ def test_the_curl_lines_of_the_readme(demo: LiveServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_two_commands_from_a_file_to_scores(demo: LiveServer, tmp_path: Path) -> None:
+    """The README's rows and commands, with one step of training and few tokens."""
+    (script,) = [block for block in blocks(README, "sh", demo.url) if "prefixd train" in block]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    (rows,) = [block for language, block in fenced if not language and block.startswith("{")]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    lines = [line for line in script.splitlines() if line.startswith("prefixd")]
+    few = {"train": " --max-steps 1 --num-virtual-tokens 4 --threads 1 --device cpu"}
+    few |= {"evaluate": " --max-new-tokens 4 --resamples 10"}
+    assert [line.split()[1] for line in lines] == list(few)
+    trained, scored = (shell(line + few[line.split()[1]], tmp_path, demo.url) for line in lines)
+    assert "restaurants@1 (active); try it:" in trained
+    assert "restaurants@1, 2 inputs" in scored
+    assert (tmp_path / "scores" / "scores.json").exists()
+
+
+@pytest.mark.slow
 def test_the_way_from_peft_to_a_stream(
     demo: LiveServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The README's training with two steps for forty: what is learnt is not the point here."""
-    train, stream = blocks(README, "python", demo.url)
+    """What is saved is not trained; that it is read is the point here."""
+    save, stream = blocks(README, "python", demo.url)
     (push,) = [block for block in blocks(README, "sh", demo.url) if "prefixd push" in block]
-    assert "range(40)" in train
     monkeypatch.chdir(tmp_path)
-    run_python(train.replace("range(40)", "range(2)"))
+    run_python(save)
     assert "created mytask@1 (active): 20 virtual tokens" in shell(push, tmp_path, demo.url)
     capsys.readouterr()
     run_python(stream)

@@ -11,6 +11,7 @@ from methods import Base, Method
 from texts import Texts
 from torch import Tensor, nn
 
+from prefixd_train import ablations
 from prefixd_train.ablations import EmbeddingPrefix
 from prefixd_train.batching import IGNORED, Batch
 from prefixd_train.initialise import activations_of_tokens, from_words
@@ -18,7 +19,7 @@ from prefixd_train.inject import target_logits
 from prefixd_train.objective import target_nll
 from prefixd_train.parameterise import PrefixParameters, make_prefix
 from prefixd_train.save import fold
-from prefixd_train.sites import Placement, PrefixKV
+from prefixd_train.sites import PrefixKV
 
 __all__ = ["WORDS", "EmbeddingOnly", "Infix", "Prefix"]
 
@@ -31,8 +32,6 @@ INSTRUCTION = "Describe the restaurant in one sentence, using this data:"
 class Prefix(Method):
     """``prefix-<direct | mlp>-<words | instruction | text | random>``; with ``-frozen`` the first
     virtual token, where the LM's attention rests, stays as it starts"""
-
-    placement: Placement = "prefix"
 
     def __init__(self, base: Base, job: Job, texts: Texts) -> None:
         super().__init__(base, job, texts)
@@ -54,7 +53,7 @@ class Prefix(Method):
         return list(self.prefix.parameters())
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        found = target_logits(self.base.lm, batch, self.prefix(), placement=self.placement)
+        found = target_logits(self.base.lm, batch, self.prefix())
         return target_nll(found.logits, found.targets)
 
     def kv(self) -> PrefixKV:
@@ -76,7 +75,8 @@ class EmbeddingOnly(Prefix):
 class Infix(Prefix):
     """[x; INFIX; y]. It is decoded without a cache, for an ablation need not be fast."""
 
-    placement: Placement = "infix"
+    def start(self) -> PrefixParameters:
+        return ablations.Infix(super().start())
 
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -113,6 +113,6 @@ class Infix(Prefix):
             # What the labels are is of no account: they say where y begins and what to predict.
             labels[i, start : len(row) + 1] = 0
         batch = Batch(ids, mask, labels).to(self.device)
-        found = target_logits(self.base.lm, batch, kv, placement="infix")
+        found = target_logits(self.base.lm, batch, kv)
         last = torch.bincount(found.examples, minlength=len(rows)).cumsum(0) - 1
         return [int(token) for token in found.logits[last].argmax(-1)]

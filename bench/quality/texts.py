@@ -72,7 +72,7 @@ def _splits(dataset: str, folder: Path) -> tuple[list[Row], list[Row]]:
 
 
 def _test(path: Path, count: int | None) -> list[Segment]:
-    segments = read_segments(path, TEMPLATE)
+    segments = read_segments(path, TEMPLATE.render)
     if count is None:
         return segments
     chosen = np.random.default_rng(0).permutation(len(segments))[:count]

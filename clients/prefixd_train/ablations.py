@@ -1,8 +1,4 @@
-"""The paper's embedding-only ablation, to compare a prefix with.
-
-(Its other one, the infix, is a placement and not a parameterisation: ``placement="infix"`` of
-:func:`~prefixd_train.inject.forward`, with any parameters.)
-"""
+"""The paper's ablations, to compare a prefix with: embeddings only, and an infix."""
 
 from __future__ import annotations
 
@@ -16,9 +12,9 @@ from torch import Tensor, nn
 from prefixd_train.initialise import record_activations
 from prefixd_train.lm import FrozenLM
 from prefixd_train.parameterise import PrefixParameters
-from prefixd_train.sites import PrefixKV
+from prefixd_train.sites import InfixKV, PrefixKV
 
-__all__ = ["EmbeddingPrefix"]
+__all__ = ["EmbeddingPrefix", "Infix"]
 
 
 class EmbeddingPrefix(PrefixParameters):
@@ -56,3 +52,19 @@ class EmbeddingPrefix(PrefixParameters):
             raise ValueError(f"{len(tokens)} tokens for {len(self.embeddings)} embeddings")
         ids = torch.tensor(list(tokens), device=self._lm.device)
         self.embeddings.copy_(self._lm.module.get_input_embeddings()(ids))
+
+
+class Infix(PrefixParameters):
+    """Parameters of any kind whose keys and values stand between the input and the output,
+    [x; INFIX; y], so the input is read without them. Decoder-only LMs."""
+
+    def __init__(self, parameters: PrefixParameters) -> None:
+        super().__init__()
+        self.inner = parameters
+        self.lengths = parameters.lengths
+
+    def forward(self) -> InfixKV:
+        return InfixKV(self.inner())
+
+    def set_kv(self, kv: PrefixKV) -> None:
+        self.inner.set_kv(kv)

@@ -75,6 +75,8 @@ class Examples:
         """rows that were too long"""
         self.shortest_message: str | None = None
         """that prompt's user message, where each row's prompt is one"""
+        self.prompts: set[str] = set()
+        """what wrote them: ``template``, ``messages`` (the chat template), or both"""
         self._tokens = array("i")
         self._bounds = array("q", [0])
 
@@ -85,7 +87,8 @@ class Examples:
         self.lines.append(line)
 
     def note(self, texts: Texts) -> None:
-        """Keep it to show, if it is shorter than those so far."""
+        """Keep it to show, if it is shorter than those so far; and what wrote it."""
+        self.prompts.add("messages" if texts.templated else "template")
         if not self.shortest_prompt:
             self.shortest_prompt, self.shortest_message = texts.prompt, texts.message
         elif (texts.message is None) != (self.shortest_message is None):
@@ -117,6 +120,7 @@ class Examples:
         chosen = Examples()
         chosen.shortest_prompt = self.shortest_prompt
         chosen.shortest_message = self.shortest_message
+        chosen.prompts = self.prompts
         chosen.num_skipped = self.num_skipped
         for index, line in enumerate(self.lines):
             if line in lines:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 from prefixd import APIError, AsyncClient, Generation, Parameters, PrefixdError, Version
 from prefixd._calls import active_version
 from prefixd_train.errors import TrainError
+from prefixd_train.prompts import Prompts
 from prefixd_train.scores import Scores, markdown, score_groups
-from prefixd_train.template import PromptTemplate
 from prefixd_train.testset import Segment, groups, read_segments
 
-__all__ = ["EvaluateOptions", "Evaluation", "evaluate", "find_template"]
+__all__ = ["EvaluateOptions", "Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class EvaluateOptions:
     data: Path
     template: str | None = None
     """None: the one that the version was trained with"""
+    model: str | None = None
+    """whose tokenizer writes messages, where the task's defaults have the server not do it"""
     parameters: Parameters | None = None
     """of the generation; None: greedy, as the task's defaults have it"""
     limit: int | None = None
@@ -42,7 +44,8 @@ class EvaluateOptions:
 @dataclass(frozen=True)
 class Evaluation:
     version: Version
-    template: str
+    template: str | None
+    """None: all rows were messages"""
     parameters: Parameters
     segments: Sequence[Segment]
     generations: Sequence[Generation]
@@ -70,7 +73,8 @@ class Evaluation:
         (folder / "scores.json").write_text(text + "\n")
         settings = json.dumps(self.parameters)
         title = f"# {self.version.task}@{self.version.version}, sha256 {self.version.sha256[:12]}"
-        about = f"Template {json.dumps(self.template)}, parameters {settings}."
+        prompts = "Chats" if self.template is None else f"Template {json.dumps(self.template)}"
+        about = f"{prompts}, parameters {settings}."
         (folder / "scores.md").write_text(f"{title}\n\n{about}\n\n{markdown(self.scores)}")
 
 
@@ -84,11 +88,14 @@ async def evaluate(
     """Generate for every input of a test set, ``concurrency`` at a time, and score the texts.
 
     The version is chosen once: an activate meanwhile changes nothing. Raises DataError (the line
-    of the file), TrainError (no template is known), and the client's errors.
+    of the file), TrainError (the prompts would be others than in training, or ``model``
+    cannot be read) and the client's errors.
     """
-    version = await _version(client, options.task)
-    template = options.template if options.template is not None else find_template(version)
-    segments = read_segments(options.data, _parsed(template), options.limit)
+    prompts = await _prompts(client, options)
+    version = prompts.version
+    segments = read_segments(options.data, prompts.inputs, options.limit)
+    templated = not all(segment.messages for segment in segments)
+    template = prompts.template.text if templated else None
     parameters = options.parameters or Parameters()
     on_start(len(segments))
     generations = await _generate(client, version, segments, parameters, options, on_output)
@@ -103,35 +110,23 @@ async def evaluate(
     return Evaluation(version, template, parameters, segments, generations, scores)
 
 
-def find_template(version: Version) -> str:
-    """The prompt template that a version was trained with, from its provenance.
-
-    Raises TrainError where it was not made by `prefixd train`: a prompt of another form than the
-    one in training would score something else.
-    """
-    training = version.provenance.get("training")
-    template = training.get("prompt_template") if isinstance(training, Mapping) else None
-    if not isinstance(template, str):
-        raise TrainError(
-            f"{version.task}@{version.version} does not say which prompt template it was trained"
-            " with: give one, such as '{source}\\n'"
-        )
-    return template
-
-
-def _parsed(template: str) -> PromptTemplate:
-    try:
-        return PromptTemplate(template)
-    except ValueError as error:
-        raise TrainError(str(error)) from error
-
-
-async def _version(client: AsyncClient, name: str) -> Version:
-    task, at, number = name.partition("@")
+async def _prompts(client: AsyncClient, options: EvaluateOptions) -> Prompts:
+    name, at, number = options.task.partition("@")
     if at and not number.isdecimal():
-        raise TrainError(f"version {number!r} in {name!r} is not a number")
-    chosen = int(number) if at else active_version(await client.task(task))
-    return await client.version(task, chosen)
+        raise TrainError(f"version {number!r} in {options.task!r} is not a number")
+    task = await client.task(name)
+    version = await client.version(name, int(number) if at else active_version(task))
+    tokenizer = None
+    if options.model is not None:
+        # With torch, which nothing else here needs.
+        from prefixd_train.lm import UnsupportedModel, load_tokenizer
+
+        try:
+            tokenizer = load_tokenizer(options.model)
+        except UnsupportedModel as error:
+            raise TrainError(str(error)) from error
+    chat = bool(task.defaults.get("chat_template"))
+    return Prompts(version, chat, asked=options.template, tokenizer=tokenizer)
 
 
 async def _generate(

@@ -10,7 +10,7 @@ from transformers import EncoderDecoderCache
 
 from prefixd_train.attention import AttentionPlan
 from prefixd_train.lm import FrozenLM
-from prefixd_train.sites import Placement, PrefixKV
+from prefixd_train.sites import InfixKV, PrefixKV
 
 __all__ = ["Inputs", "TargetLogits", "forward", "run_with_plan", "target_logits"]
 
@@ -46,16 +46,13 @@ class TargetLogits(NamedTuple):
     """[N], the row of the batch that each belongs to, ascending"""
 
 
-def forward(
-    lm: FrozenLM, batch: Inputs, prefix: PrefixKV | None, *, placement: Placement = "prefix"
-) -> Tensor:
-    """Logits of every position: [B, S, V], of an encoder-decoder [B, T, V]."""
-    return run_with_plan(lm, batch, _plan(lm, batch, prefix, placement))
+def forward(lm: FrozenLM, batch: Inputs, prefix: PrefixKV | None) -> Tensor:
+    """Logits of every position: [B, S, V], of an encoder-decoder [B, T, V]. An InfixKV stands
+    between input and output, any other in front."""
+    return run_with_plan(lm, batch, _plan(lm, batch, prefix))
 
 
-def target_logits(
-    lm: FrozenLM, batch: Inputs, prefix: PrefixKV | None, *, placement: Placement = "prefix"
-) -> TargetLogits:
+def target_logits(lm: FrozenLM, batch: Inputs, prefix: PrefixKV | None) -> TargetLogits:
     """Logits only of the positions that predict a label; the output layer runs on those alone.
 
     Labels are transformers': of a decoder-only LM ``labels[b, i]`` is the token at position i of
@@ -65,7 +62,7 @@ def target_logits(
     labels = _shifted(lm, batch.labels)
     examples, columns = (labels != _IGNORED).nonzero(as_tuple=True)
     rows = examples * batch.labels.shape[1] + columns
-    logits = run_with_plan(lm, batch, _plan(lm, batch, prefix, placement), rows)
+    logits = run_with_plan(lm, batch, _plan(lm, batch, prefix), rows)
     return TargetLogits(logits, labels[examples, columns], examples)
 
 
@@ -110,12 +107,10 @@ def _seq2seq_arguments(lm: FrozenLM, batch: Inputs, plan: AttentionPlan) -> dict
     }
 
 
-def _plan(
-    lm: FrozenLM, batch: Inputs, prefix: PrefixKV | None, placement: Placement
-) -> AttentionPlan:
-    prefix = prefix or {}
+def _plan(lm: FrozenLM, batch: Inputs, prefix: PrefixKV | None) -> AttentionPlan:
+    prefix = {} if prefix is None else prefix
     offset = lm.query_offset({site: key.shape[2] for site, (key, _) in prefix.items()})
-    if placement == "infix":
+    if isinstance(prefix, InfixKV):
         return AttentionPlan(prefix, query_offset=offset, infix_starts=_infix_starts(lm, batch))
     return AttentionPlan(prefix, query_offset=offset, encoder_mask=encoder_mask(lm, batch))
 

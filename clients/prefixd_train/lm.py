@@ -20,7 +20,7 @@ from prefixd_train.frozen_linear import speed_up_frozen
 from prefixd_train.probe import UnsupportedModel, assign_roles, observe_shapes
 from prefixd_train.sites import Site, SiteShape
 
-__all__ = ["DEFAULT_CACHE", "FrozenLM", "UnsupportedModel", "load_lm"]
+__all__ = ["DEFAULT_CACHE", "FrozenLM", "UnsupportedModel", "load_lm", "load_tokenizer"]
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,16 @@ def load_lm(
         max_positions=None if relative else _max_positions(config.get_text_config()),
         has_relative_positions=relative,
     )
+
+
+def load_tokenizer(model: str, *, cache_dir: Path = DEFAULT_CACHE) -> Any:
+    """``model`` as in :func:`load_lm`. Raises UnsupportedModel."""
+    source = _source(model, cache_dir)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedModel(f"{source} has no tokenizer that can be read: {reason}") from error
 
 
 def _source(model: str, cache_dir: Path) -> str:

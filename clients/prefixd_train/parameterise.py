@@ -5,6 +5,7 @@ Rows are laid out as PEFT's: one a virtual token, ``[L, 2, H_kv, D]`` flattened 
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
@@ -16,12 +17,18 @@ from torch import Tensor, nn
 from prefixd_train.sites import SITES, PrefixKV, Site, SiteShape
 
 __all__ = [
+    "FIT_TOLERANCE",
     "DirectPrefix",
     "MLPPrefix",
     "Parameterisation",
     "PrefixParameters",
     "make_prefix",
 ]
+
+log = logging.getLogger(__name__)
+
+FIT_TOLERANCE = 1e-3
+"""of an MLP to first values, relative; float32 leaves some 1e-6 where there is an exact solution"""
 
 Parameterisation = Literal["direct", "mlp", "mlp-deep"]
 
@@ -58,13 +65,17 @@ class _Rows(PrefixParameters):
         for site, length in lengths.items():
             layers, heads, dim = shapes[site]
             width = layers * 2 * heads * dim
-            if frozen_first:
-                self.register_buffer(_frozen(site), torch.zeros(frozen_first, width))
             self._add_site(site, length - frozen_first, width)
+            if frozen_first:
+                self.register_buffer(_frozen(site), self._random_rows(site, frozen_first, width))
 
     @abstractmethod
     def _add_site(self, site: Site, length: int, width: int) -> None:
         """Make the parameters of ``length`` trained rows, with random values."""
+
+    @abstractmethod
+    def _random_rows(self, site: Site, length: int, width: int) -> Tensor:
+        """[length, width], drawn as the trained rows are before ``set_kv``."""
 
     @abstractmethod
     def _trained(self, site: Site) -> Tensor: ...
@@ -107,7 +118,10 @@ class DirectPrefix(_Rows):
     """The rows are the parameters, drawn from N(0, 1) as PEFT's."""
 
     def _add_site(self, site: Site, length: int, width: int) -> None:
-        self.register_parameter(site, nn.Parameter(torch.randn(length, width)))
+        self.register_parameter(site, nn.Parameter(self._random_rows(site, length, width)))
+
+    def _random_rows(self, site: Site, length: int, width: int) -> Tensor:
+        return torch.randn(length, width)
 
     def _trained(self, site: Site) -> Tensor:
         return cast(Tensor, getattr(self, site))
@@ -144,6 +158,11 @@ class MLPPrefix(_Rows):
         self.add_module(site, nn.Sequential(*layers, nn.Linear(self.middle, width)))
         self.add_module(f"{site}_input", embedding)
 
+    @torch.no_grad()
+    def _random_rows(self, site: Site, length: int, width: int) -> Tensor:
+        network, _ = self._modules_of(site)
+        return cast(Tensor, network(nn.Embedding(length, self.hidden).weight))
+
     def _trained(self, site: Site) -> Tensor:
         network, embedding = self._modules_of(site)
         return cast(Tensor, network(embedding.weight))
@@ -151,7 +170,7 @@ class MLPPrefix(_Rows):
     def _set_trained(self, site: Site, rows: Tensor) -> None:
         """The paper fits the MLP by gradient steps. Its last layer is linear, so least squares over
         that layer is solved at once: exactly where P <= middle. Of all solutions it is the one
-        nearest to the random weights."""
+        nearest to the random weights. Warns where what is left is more than FIT_TOLERANCE."""
         network, embedding = self._modules_of(site)
         last = cast(nn.Linear, network[-1])
         inputs = network[:-1](embedding.weight).double()
@@ -160,6 +179,18 @@ class MLPPrefix(_Rows):
         change = torch.linalg.pinv(inputs) @ missing  # [middle + 1, W]
         last.weight.add_(change[:-1].T.to(last.weight))
         last.bias.add_(change[-1].to(last.bias))
+        error = float((self._trained(site) - rows).norm() / rows.norm().clamp_min(1e-30))
+        if error > FIT_TOLERANCE:
+            log.warning(
+                "the MLP gives the first %s values with a relative error of %.2g: it has an exact"
+                " solution for up to %d virtual tokens (middle), and there are %d. A middle of %d"
+                " or parameterisation 'direct' begins where it is told to",
+                site,
+                error,
+                self.middle,
+                len(rows),
+                len(rows),
+            )
 
     def _modules_of(self, site: Site) -> tuple[nn.Sequential, nn.Embedding]:
         network, embedding = getattr(self, site), getattr(self, f"{site}_input")
@@ -177,8 +208,8 @@ def make_prefix(
     frozen_first: int = 0,
 ) -> PrefixParameters:
     """``hidden``: the width of P'; ``middle``: of the MLP. ``frozen_first``: that many first tokens
-    of each site keep the values of ``set_kv`` (Cartridges). Random values come from torch's global
-    generator. Raises ValueError."""
+    of each site keep the values of ``set_kv`` (Cartridges), or the random ones. Random values come
+    from torch's global generator. Raises ValueError."""
     _check(shapes, lengths, dropout, frozen_first)
     ordered = {site: lengths[site] for site in SITES if site in lengths}
     if parameterisation == "direct":

@@ -78,6 +78,7 @@ def read_data(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]) 
             "examples": len(examples),
             "target_tokens": examples.num_targets,
             "rows_skipped": examples.num_skipped,
+            "prompts": sorted(examples.prompts),
         }
     return Data(parts["train"], parts.get("dev"), summary)
 

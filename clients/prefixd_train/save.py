@@ -14,7 +14,7 @@ from torch import Tensor
 from prefixd_store import DType, PrefixArray, write_prefix
 from prefixd_train.lm import FrozenLM
 from prefixd_train.parameterise import PrefixParameters
-from prefixd_train.sites import Placement, PrefixKV
+from prefixd_train.sites import InfixKV, PrefixKV
 
 __all__ = ["InfixNotServed", "config_digest", "fold", "save_prefix"]
 
@@ -35,7 +35,9 @@ def fold(prefix: PrefixParameters) -> PrefixKV:
     training = prefix.training
     prefix.eval()
     try:
-        return {site: (keys.detach(), values.detach()) for site, (keys, values) in prefix().items()}
+        kv = prefix()
+        folded = {site: (keys.detach(), values.detach()) for site, (keys, values) in kv.items()}
+        return InfixKV(folded) if isinstance(kv, InfixKV) else folded
     finally:
         prefix.train(training)
 
@@ -47,7 +49,6 @@ def save_prefix(
     *,
     training: Mapping[str, Any],
     dtype: DType = "float32",
-    placement: Placement = "prefix",
     provenance: Mapping[str, Any] | None = None,
 ) -> str:
     """Write the folded prefix and return the file's SHA-256.
@@ -56,13 +57,12 @@ def save_prefix(
     its digest, ``provenance`` (data digests, scores ...) beside it. Raises InfixNotServed, and
     InvalidPrefix where training left NaN or infinity or ``dtype`` overflows.
     """
-    if placement == "infix":
+    kv = fold(prefix) if isinstance(prefix, PrefixParameters) else prefix
+    if isinstance(kv, InfixKV):
         raise InfixNotServed(
             "an infix stands between the input and the output, so its place depends on the input;"
-            " the server puts a prefix ahead of every input. Train with placement 'prefix' to"
-            " serve the result"
+            " the server puts a prefix ahead of every input. Train a prefix to serve it"
         )
-    kv = fold(prefix) if isinstance(prefix, PrefixParameters) else prefix
     tensors = {
         f"{site}.{part}": _array(tensor).cast(dtype)
         for site, pair in kv.items()

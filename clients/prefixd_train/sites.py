@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["SITES", "Placement", "PrefixKV", "Site", "SiteShape"]
+__all__ = ["SITES", "InfixKV", "PrefixKV", "Site", "SiteShape"]
 
 Site = Literal["decoder", "encoder", "cross"]
 SITES: tuple[Site, ...] = ("decoder", "encoder", "cross")
@@ -15,8 +15,10 @@ SITES: tuple[Site, ...] = ("decoder", "encoder", "cross")
 PrefixKV = Mapping[Site, tuple[Tensor, Tensor]]
 """site -> keys and values [L, H_kv, P, D], as attention sees them (keys after RoPE)"""
 
-Placement = Literal["prefix", "infix"]
-"""prefix: [PREFIX; x; y]. infix, an ablation of the paper: [x; INFIX; y]"""
+
+class InfixKV(dict[Site, tuple[Tensor, Tensor]]):
+    """Keys and values as a PrefixKV's, of the paper's ablation [x; INFIX; y]. Being a type of its
+    own, it runs where it was trained to stand and cannot be saved as a prefix."""
 
 
 class SiteShape(NamedTuple):

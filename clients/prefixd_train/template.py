@@ -6,7 +6,15 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["ROLES", "PromptTemplate", "lone_message", "messages_text", "shown", "target_texts"]
+__all__ = [
+    "ROLES",
+    "PromptTemplate",
+    "check_messages",
+    "lone_message",
+    "messages_text",
+    "shown",
+    "target_texts",
+]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -58,7 +66,7 @@ def _text(name: str, fields: Mapping[str, Any]) -> str:
 def messages_text(tokenizer: Any, messages: Any) -> tuple[str, str]:
     """The prompt as the tokenizer's chat template writes it, and what it writes after that for the
     last message, the assistant's. Raises ValueError."""
-    _check_messages(messages)
+    check_messages(messages)
     if not tokenizer.chat_template:
         raise ValueError("has messages, but the model's tokenizer has no chat template")
     try:
@@ -79,7 +87,8 @@ def lone_message(messages: Sequence[Mapping[str, str]]) -> str | None:
     return first["content"] if first["role"] == "user" and len(rest) == 1 else None
 
 
-def _check_messages(messages: Any) -> None:
+def check_messages(messages: Any) -> None:
+    """Raises ValueError, with the value, unless they are two or more, the assistant's last."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise ValueError(f"messages must be a list of two or more, not {shown(messages)}")
     for index, message in enumerate(messages):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefixd_train.data import Row, read_rows
-from prefixd_train.errors import DataError
-from prefixd_train.template import PromptTemplate, shown, target_texts
+from prefixd_train.errors import DataError, TrainError
+from prefixd_train.template import shown, target_texts
 
 __all__ = ["Segment", "groups", "read_segments"]
+
+
+Inputs = Callable[[Mapping[str, Any]], str]
+"""a row's fields -> the prompt; ValueError: there is none"""
 
 
 class Segment(NamedTuple):
@@ -20,18 +24,24 @@ class Segment(NamedTuple):
     place: str
     """file:line"""
     prompt: str
+    """as it is sent"""
     references: Sequence[str]
     category: str | None = None
     seen: bool | None = None
     """Whether training had its category (WebNLG); None where the data does not say."""
+    messages: bool | None = None
+    """True: the row was messages, and the chat template writes what the LM reads"""
 
 
-def read_segments(path: Path, template: PromptTemplate, limit: int | None = None) -> list[Segment]:
-    """The first ``limit`` rows of a JSONL file, or all. Raises DataError, which names the line."""
+def read_segments(path: Path, inputs: Inputs, limit: int | None = None) -> list[Segment]:
+    """The first ``limit`` rows of a JSONL file, or all. Raises DataError, which names the line, and
+    the TrainErrors of ``inputs``."""
     segments = []
     for row in islice(read_rows(path), limit):
         try:
-            segments.append(_segment(row, template))
+            segments.append(_segment(row, inputs))
+        except TrainError:
+            raise
         except ValueError as error:
             raise DataError(f"{row.place}: {error}") from error
     if not segments:
@@ -39,14 +49,19 @@ def read_segments(path: Path, template: PromptTemplate, limit: int | None = None
     return segments
 
 
-def _segment(row: Row, template: PromptTemplate) -> Segment:
+def _segment(row: Row, inputs: Inputs) -> Segment:
     fields = row.fields
-    if ("target" in fields) == ("targets" in fields):
-        raise ValueError(f"needs either target or targets, has {shown(', '.join(fields))}")
+    if sum(name in fields for name in ("target", "targets", "messages")) != 1:
+        raise ValueError(
+            f"needs either target or targets, or messages, has {shown(', '.join(fields))}"
+        )
+    prompt = inputs(fields)
+    messages = fields.get("messages")
     return Segment(
         place=row.place,
-        prompt=template.render(fields),
-        references=target_texts(fields),
+        prompt=prompt,
+        references=[messages[-1]["content"]] if messages else target_texts(fields),
+        messages=True if messages else None,
         category=_optional(fields, "category", str),
         seen=_optional(fields, "seen", bool),
     )

@@ -223,11 +223,11 @@ def test_errors_of_the_data_name_the_line(tmp_path: Path, line: str, message: st
     path = write(tmp_path / "test.jsonl", ROWS[:1])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=message):
-        read_segments(path, PromptTemplate("{source}"))
+        read_segments(path, PromptTemplate("{source}").render)
 
 
 def test_a_limit_and_an_empty_file(data: Path, tmp_path: Path) -> None:
-    template = PromptTemplate("{source}")
+    template = PromptTemplate("{source}").render
     segments = read_segments(data, template, limit=1)
     assert len(segments) == 1
     assert groups(segments, by_category=True) == {"all": [0], "seen": [0]}

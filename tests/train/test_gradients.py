@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from prefixd_train.ablations import EmbeddingPrefix
+from prefixd_train.ablations import EmbeddingPrefix, Infix
 from prefixd_train.batching import Batch
 from prefixd_train.inject import target_logits
 from prefixd_train.lm import FrozenLM
 from prefixd_train.objective import negative_log_likelihood
 from prefixd_train.parameterise import PrefixParameters, make_prefix
-from prefixd_train.sites import Placement, Site
+from prefixd_train.sites import Site
 from tests.support.training import SITES_OF, batch_of, rows, tiny_lm
 
 P = 3
@@ -49,7 +49,7 @@ def padded_batch(lm: FrozenLM) -> Batch:
     return batch_of(lm, rows(1, 5, 2), rows(2, 3, 4))
 
 
-def check(lm: FrozenLM, prefix: PrefixParameters, placement: Placement = "prefix") -> None:
+def check(lm: FrozenLM, prefix: PrefixParameters) -> None:
     prefix = prefix.double()
     names, values = zip(*prefix.named_parameters(), strict=True)
     batch = padded_batch(lm)
@@ -57,7 +57,7 @@ def check(lm: FrozenLM, prefix: PrefixParameters, placement: Placement = "prefix
     def loss(*parameters: Tensor) -> Tensor:
         torch.manual_seed(5)  # the same dropout each time
         kv = functional_call(prefix, dict(zip(names, parameters, strict=True)))
-        logits, targets, _ = target_logits(lm, batch, kv, placement=placement)
+        logits, targets, _ = target_logits(lm, batch, kv)
         return torch.nn.functional.cross_entropy(logits, targets)
 
     assert torch.autograd.gradcheck(loss, values, fast_mode=True)
@@ -84,6 +84,7 @@ OTHERS: dict[str, Callable[[FrozenLM], PrefixParameters]] = {
     "dropout": lambda lm: make_prefix(lm.shapes, {"decoder": P}, dropout=0.4),
     "frozen-first": lambda lm: make_prefix(lm.shapes, {"decoder": P}, frozen_first=1),
     "embedding-only": lambda lm: EmbeddingPrefix(lm, P),
+    "infix": lambda lm: Infix(make_prefix(lm.shapes, {"decoder": P})),
 }
 
 
@@ -92,12 +93,6 @@ OTHERS: dict[str, Callable[[FrozenLM], PrefixParameters]] = {
 def test_of_the_variants(lms: dict[str, FrozenLM], family: str, name: str) -> None:
     torch.manual_seed(0)
     check(lms[family], OTHERS[name](lms[family]))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_of_an_infix(lms: dict[str, FrozenLM], family: str) -> None:
-    torch.manual_seed(0)
-    check(lms[family], make_prefix(lms[family].shapes, {"decoder": P}), "infix")
 
 
 @pytest.mark.parametrize("family", SITES_OF)

@@ -16,11 +16,15 @@ from prefixd_train.initialise import (
     from_words,
 )
 from prefixd_train.inject import forward
-from prefixd_train.lm import FrozenLM
-from prefixd_train.parameterise import make_prefix
-from prefixd_train.save import save_prefix
-from prefixd_train.sites import PrefixKV, Site
+from prefixd_train.lm import FrozenLM, load_lm
+from prefixd_train.loop import Trainer
+from prefixd_train.parameterise import FIT_TOLERANCE, Parameterisation, make_prefix
+from prefixd_train.prepare import read_data
+from prefixd_train.save import fold, save_prefix
+from prefixd_train.sites import PrefixKV, Site, SiteShape
+from prefixd_train.start import prefix_lengths, start_prefix
 from tests.support.training import SITES_OF, batch_of, rows, tiny_lm
+from tests.train.conftest import Options
 
 TEXT = "The town hall stands at the river; its clock was built in 1873 and still keeps the time."
 P = 8
@@ -148,6 +152,61 @@ def test_another_prefix_is_copied_and_its_first_tokens_stay_frozen(
     for moved, before in zip(prefix()["decoder"], start["decoder"], strict=True):
         torch.testing.assert_close(moved[:, :, :2], before[:, :, :2])
         torch.testing.assert_close(moved[:, :, 2:], before[:, :, 2:] + 1)
+
+
+@pytest.mark.parametrize("parameterisation", ["direct", "mlp", "mlp-deep"])
+@pytest.mark.parametrize("init", ["random", "words"])
+def test_frozen_tokens_stay_as_they_were_initialised(
+    options: Options, init: str, parameterisation: str
+) -> None:
+    settings = options(
+        init=init,
+        init_text="translate" if init == "words" else None,
+        parameterisation=parameterisation,
+        frozen_first=2,
+        hidden=16,
+        middle=16,
+        max_steps=3,
+    )
+    lm = load_lm(settings.model)
+    lengths = prefix_lengths(settings, lm)
+    examples = read_data(settings, lm, lengths).train
+    torch.manual_seed(settings.seed)
+    prefix = start_prefix(settings, lm, lengths, examples)
+    before = fold(prefix)["decoder"]
+    Trainer(lm, prefix, examples, settings).run()
+    for first, after in zip(before, fold(prefix)["decoder"], strict=True):
+        assert torch.equal(after[:, :, :2], first[:, :, :2])
+        assert not torch.equal(after[:, :, 2:], first[:, :, 2:])
+    if init == "random":
+        frozen, trained = (torch.stack(before)[..., rows, :] for rows in ([0, 1], [2, 3]))
+        assert float(frozen.std()) == pytest.approx(float(trained.std()), rel=0.3)
+        assert not torch.equal(frozen[..., 0, :], frozen[..., 1, :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parameterisation", ["mlp", "mlp-deep"])
+def test_an_mlp_too_narrow_for_its_first_values_says_so(
+    parameterisation: Parameterisation, caplog: pytest.LogCaptureFixture
+) -> None:
+    shapes: dict[Site, SiteShape] = {"decoder": SiteShape(2, 2, 40)}
+    kv: PrefixKV = {"decoder": (torch.randn(2, 2, 60, 40), torch.randn(2, 2, 60, 40))}
+
+    def error(middle: int) -> float:
+        torch.manual_seed(0)
+        mlp = make_prefix(shapes, {"decoder": 60}, parameterisation, hidden=64, middle=middle)
+        mlp.set_kv(kv)
+        found, wanted = (torch.stack(part["decoder"]) for part in (mlp(), kv))
+        return float((found - wanted).norm() / wanted.norm())
+
+    assert error(60) < FIT_TOLERANCE
+    assert caplog.messages == []
+    narrow = error(40)
+    # Of 60 random rows, 41 (one is the bias) can be had.
+    assert narrow == pytest.approx((19 / 60) ** 0.5, abs=0.05)
+    (said,) = caplog.messages
+    assert f"the first decoder values with a relative error of {narrow:.2g}" in said
+    assert "for up to 40 virtual tokens (middle), and there are 60" in said
 
 
 def test_what_does_not_fit_is_refused_by_name(lms: dict[str, FrozenLM], tmp_path: Path) -> None:

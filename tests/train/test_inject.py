@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from prefixd_train.inject import forward, target_logits
 from prefixd_train.lm import UnsupportedModel, load_lm
-from prefixd_train.sites import PrefixKV
+from prefixd_train.sites import InfixKV, PrefixKV
 from tests.support.families import FAMILIES, REFUSED, VOCAB, WINDOW
 from tests.support.training import IGNORED, SITES_OF, batch_of, rows, tiny_lm
 
@@ -80,7 +80,7 @@ def test_an_infix_is_what_those_tokens_would_be_between_input_and_output(
     (source,), (target,) = rows(1, 6), rows(2, 4)
     batch = batch_of(lm, [source], [target])
     prefix = random_kv(lm.shapes)
-    infix = forward(lm, batch, prefix, placement="infix")[0]
+    infix = forward(lm, batch, InfixKV(prefix))[0]
     plain = forward(lm, batch, None)[0]
     # Before the position that predicts the first target, the infix is not seen.
     torch.testing.assert_close(infix[: len(source) - 1], plain[: len(source) - 1])
@@ -109,7 +109,7 @@ def test_an_infix_of_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     lm = tiny_lm("t5", tmp_path)
     batch = batch_of(lm, rows(1, 3), rows(2, 3))
     with pytest.raises(ValueError, match="decoder-only"):
-        forward(lm, batch, None, placement="infix")
+        forward(lm, batch, InfixKV())
 
 
 def test_the_model_alone_says_what_it_misses(tmp_path: Path) -> None:

@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefixd import CheckpointError
 from prefixd_store import InvalidPrefix, geometry_folder, parse_prefix, validate_file
 from prefixd_store.geometry import check_fits
-from prefixd_train.ablations import EmbeddingPrefix
-from prefixd_train.parameterise import make_prefix
+from prefixd_train.ablations import EmbeddingPrefix, Infix
+from prefixd_train.lm import load_lm
+from prefixd_train.loop import Trainer
+from prefixd_train.parameterise import PrefixParameters, make_prefix
+from prefixd_train.prepare import read_data
 from prefixd_train.save import InfixNotServed, config_digest, fold, save_prefix
+from tests.support.server import LiveServer
 from tests.support.training import SITES_OF, tiny_lm
+from tests.train.conftest import Options
 
 P = 4
 
@@ -67,10 +73,30 @@ def test_narrow_dtypes_and_what_is_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "broken").exists()
 
 
-def test_an_infix_is_refused_and_embeddings_are_saved_as_what_they_make(tmp_path: Path) -> None:
-    lm = tiny_lm("llama", tmp_path / "model")
-    prefix = EmbeddingPrefix(lm, P)
-    with pytest.raises(InfixNotServed, match="depends on the input"):
-        save_prefix(tmp_path / "infix", lm, prefix, training={}, placement="infix")
-    save_prefix(tmp_path / "prefix", lm, prefix, training={})
-    assert validate_file(tmp_path / "prefix").sites == {"decoder": (3, 2, P, 8)}
+@pytest.mark.parametrize("parameterisation", ["mlp", "embeddings"])
+def test_embeddings_can_be_pushed_and_an_infix_cannot(
+    parameterisation: str, tmp_path: Path, options: Options, llama_folder: Path
+) -> None:
+    """However it is handed over: what was trained as an infix makes no file that could be sent."""
+    lm = load_lm(str(llama_folder))
+    torch.manual_seed(0)
+    parameters: PrefixParameters = EmbeddingPrefix(lm, P)
+    if parameterisation == "mlp":
+        parameters = make_prefix(lm.shapes, {"decoder": P}, "mlp", hidden=8, middle=8)
+    settings = options(max_steps=2)
+    examples = read_data(settings, lm, {"decoder": P}).train
+    path = tmp_path / "prefix.safetensors"
+    with LiveServer(llama_folder, str(tmp_path / "store")) as server, server.client() as client:
+        infix = Infix(parameters)
+        Trainer(lm, infix, examples, settings).run()
+        for trained in (infix, fold(infix), infix()):
+            with pytest.raises(InfixNotServed, match="depends on the input"):
+                save_prefix(path, lm, trained, training={})
+            with pytest.raises(CheckpointError):
+                client.push("ablation", path)
+        assert list(client.tasks()) == []
+        Trainer(lm, parameters, examples, settings).run()
+        save_prefix(path, lm, parameters, training={})
+        assert client.push("ablation", path).created
+        answer = client.generate("ablation", "name: The Mill\n", max_new_tokens=2)
+        assert answer.usage.prefix_tokens == P

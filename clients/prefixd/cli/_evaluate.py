@@ -22,10 +22,14 @@ __all__ = ["register"]
 
 def evaluate(
     task: Annotated[str, typer.Option(metavar="TASK[@V]", help="The task, or one version.")],
-    data: Annotated[Path, typer.Option(help="JSONL: fields of the prompt, targets.")],
+    data: Annotated[Path, typer.Option(help="JSONL: rows as in training.")],
     template: Annotated[
         str | None,
         typer.Option(help="Prompt template, as '{source}\\n'; default: the training's."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Whose tokenizer writes messages, if the task does not."),
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 1,
     length_penalty: Annotated[float | None, typer.Option(help="Of the beams.")] = None,
@@ -69,6 +73,7 @@ def evaluate(
         task=task,
         data=data,
         template=template,
+        model=model,
         parameters=parameters,
         limit=limit,
         concurrency=concurrency,
