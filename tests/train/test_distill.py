@@ -288,6 +288,21 @@ def test_a_document_longer_than_the_context_is_refused(distil: Distil, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"top_k": 49_152}, r"top_k is 49152; llama\S* has 49152 tokens, so it is at most 49151"),
+        ({"self_generate": 1, "dev_fraction": 0.5}, "self_generate: one question; a dev split of"),
+    ],
+)
+def test_what_does_not_fit_the_model_leaves_no_run(
+    distil: Distil, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainError, match=message):
+        train(distil(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"document": None}, "method distill needs a document"),
         ({"self_generate": 3, "questions": "q.jsonl"}, "one of questions and self_generate"),
         ({"questions": None}, "one of questions and self_generate"),
