@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import get_scheduler
 
-from prefixd_train.batching import Batch, Collator, epoch_batches, share
+from prefixd_train.batching import Batch, Collator, epoch_batches, epoch_steps, share
 from prefixd_train.checkpoint import Checkpoints, random_state, set_random_state
 from prefixd_train.data import Examples
 from prefixd_train.errors import TrainError
@@ -50,7 +50,7 @@ class Trainer:
     An optimiser step takes ``grad_accum`` batches of ``batch_size`` examples, each shared among the
     processes, and its loss is the mean over all their tokens: neither the number of processes nor
     where batches are cut changes what a token counts. Which examples a step takes follows from its
-    number and the seed. With ``dev``, the prefix of the lowest loss is kept.
+    number, the seed and how many it takes. With ``dev``, the prefix of the lowest loss is kept.
     """
 
     def __init__(
@@ -74,9 +74,8 @@ class Trainer:
         self.validation = Validation()
         self._best: dict[str, Tensor] | None = None
         self._collator = Collator.of(lm)
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        num_batches = ceil(len(train) / options.batch_size)
-        self.steps_per_epoch = ceil(num_batches / options.grad_accum)
+        self._epoch: tuple[int, list[list[list[int]]]] = (-1, [])
+        self.steps_per_epoch = ceil(len(train) / (options.batch_size * options.grad_accum))
         self.num_steps = options.max_steps or options.epochs * self.steps_per_epoch
         self._weights = [weight for weight in prefix.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -94,7 +93,7 @@ class Trainer:
     def run(self) -> Validation:
         """Train to the last step or until patience is over; the prefix then is the best one.
 
-        Raises TrainError where the loss is no number any more.
+        Raises TrainError where the loss is no number any more, and where the LM has changed.
         """
         before = self.lm.checksum()
         with self.reporter.running(self.num_steps, self.step):
@@ -104,10 +103,14 @@ class Trainer:
                     self._validate(self.dev)
                 if self._due(self.options.save_every):
                     self.save()
+        if self.lm.checksum() != before:
+            raise TrainError(
+                f"the weights of {self.lm.name} have changed during the run: what was trained is of"
+                " no use to the model as it was. Does the objective write to them?"
+            )
         self.save()
         if self._best is not None:
             self.prefix.load_state_dict(self._best)
-        assert self.lm.checksum() == before, "the frozen LM has changed"
         return self.validation
 
     @property
@@ -150,10 +153,12 @@ class Trainer:
     def _batches_of(self, step: int) -> list[list[int]]:
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
-            size, seed = self.options.batch_size, self.options.seed
-            self._epoch = epoch, epoch_batches(self.train.lengths, size, seed=seed, epoch=epoch)
-        count = self.options.grad_accum
-        return self._epoch[1][place * count : (place + 1) * count]
+            asked = self.options
+            steps = epoch_steps(
+                self.train.lengths, asked.batch_size, asked.grad_accum, seed=asked.seed, epoch=epoch
+            )
+            self._epoch = epoch, steps
+        return self._epoch[1][place]
 
     def _backward(self, batches: Sequence[list[int]]) -> tuple[float, int]:
         """Leaves gradients of the summed loss; the mean loss and the tokens of all processes."""

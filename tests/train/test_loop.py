@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prefixd_store import read_manifest
-from prefixd_train.batching import Batch, Collator, epoch_batches
+from prefixd_train.batching import Batch, Collator, epoch_steps
 from prefixd_train.data import Encoder, Example, Examples
 from prefixd_train.errors import TrainError
 from prefixd_train.inject import forward
@@ -118,8 +118,23 @@ def test_steps_take_each_example_once_an_epoch(llama: FrozenLM, options: Options
     trainer = trainer_of(llama, options(max_steps=None, epochs=2, batch_size=3, grad_accum=2))
     assert (trainer.steps_per_epoch, trainer.num_steps) == (2, 4)
     for epoch in (0, 1):
-        batches = trainer._batches_of(2 * epoch) + trainer._batches_of(2 * epoch + 1)
-        assert batches == epoch_batches(trainer.train.lengths, 3, seed=0, epoch=epoch)
+        steps = [trainer._batches_of(2 * epoch), trainer._batches_of(2 * epoch + 1)]
+        assert steps == epoch_steps(trainer.train.lengths, 3, 2, seed=0, epoch=epoch)
+
+
+def test_a_prefix_does_not_depend_on_how_its_steps_are_cut(
+    llama: FrozenLM, options: Options
+) -> None:
+    """Several steps of fewer examples than there are, so that it matters which a step takes."""
+    found = []
+    for size, count in ((4, 1), (2, 2), (1, 4)):
+        settings = options(batch_size=size, grad_accum=count, max_steps=None, epochs=3)
+        trainer = trainer_of(llama, settings)
+        trainer.run()
+        assert trainer.step == 6
+        found.append(trainer.prefix()["decoder"])
+    for cut in found[1:]:
+        torch.testing.assert_close(cut, found[0], rtol=0, atol=1e-4)
 
 
 def test_the_best_prefix_is_kept_and_patience_ends(llama: FrozenLM, options: Options) -> None:
@@ -169,6 +184,20 @@ def test_a_loss_that_is_no_number_ends_the_run(llama: FrozenLM, options: Options
 
     with pytest.raises(TrainError, match=r"the loss is inf at step 1: try a lower lr than 0\.01"):
         trainer_of(llama, options(), objective=infinite).run()
+
+
+def test_an_lm_that_has_changed_ends_the_run(llama_folder: Path, options: Options) -> None:
+    """One bit of one weight is enough, and neither prefix nor last checkpoint is written."""
+    lm = load_lm(str(llama_folder))
+
+    def writing(lm: FrozenLM, batch: Batch, prefix: Any) -> tuple[torch.Tensor, int]:
+        weight = lm.module.get_input_embeddings().weight
+        weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0))
+        return negative_log_likelihood(lm, batch, prefix)
+
+    trainer = trainer_of(lm, options(max_steps=1), objective=writing)
+    with pytest.raises(TrainError, match=r"weights of \S+ have changed during the run"):
+        trainer.run()
 
 
 def test_the_file_says_how_it_came_to_be(options: Options, tmp_path: Path) -> None:
