@@ -20,7 +20,7 @@ from prefixd_train.initialise import activations_of_tokens
 from prefixd_train.lm import FrozenLM
 from prefixd_train.options import TrainOptions
 from prefixd_train.prepare import Data, prompt_template
-from prefixd_train.questions import Question, read_questions, write_questions
+from prefixd_train.questions import Question, Questions, read_questions, write_questions
 from prefixd_train.sites import Site
 from prefixd_train.teacher import Teacher, write_teacher
 from prefixd_train.template import PromptTemplate
@@ -60,7 +60,7 @@ def read_lesson(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]
             "tokens": len(document),
         }
     }
-    questions: list[Question] = []
+    questions = Questions()
     if options.questions is not None:
         questions = read_questions(
             options.questions,
@@ -69,7 +69,12 @@ def read_lesson(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]
             skip_too_long=options.too_long == "skip",
         )
         name, digest = options.questions.name, file_sha256(options.questions)
-        summary["questions"] = {"file": name, "sha256": digest, "questions": len(questions)}
+        summary["questions"] = {
+            "file": name,
+            "sha256": digest,
+            "questions": len(questions),
+            "rows_skipped": questions.num_skipped,
+        }
     if options.dev_fraction and (len(questions) or options.self_generate) == 1:
         raise TrainError(
             f"{options.questions or 'self_generate'}: one question; a dev split of"
@@ -101,7 +106,16 @@ def teach(
         for name, examples in parts.items()
     }
     told = {"dev": None, **summary, **lesson.summary, "teacher": teacher.digests}
-    return teacher, Data(train, dev, told)
+    return teacher, Data(train, dev, told, _left_out(options, lesson, teacher))
+
+
+def _left_out(options: TrainOptions, lesson: Lesson, teacher: Teacher) -> list[str]:
+    if options.questions is not None:
+        skipped, where = lesson.summary["questions"]["rows_skipped"], str(options.questions)
+    else:
+        skipped = (options.self_generate or 0) - len(teacher.examples)
+        where = "the questions that the model wrote"
+    return [f"{skipped:,} of {where}"] if skipped else []
 
 
 def _write(options: TrainOptions, lm: FrozenLM, lesson: Lesson, folder: Path) -> None:
@@ -113,6 +127,7 @@ def _write(options: TrainOptions, lm: FrozenLM, lesson: Lesson, folder: Path) ->
         chunk_tokens=options.chunk_tokens,
         answer_tokens=options.answer_tokens,
         seed=options.seed,
+        skip_too_long=options.too_long == "skip",
     )
     write_teacher(
         folder,

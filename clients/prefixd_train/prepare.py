@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class Data:
     dev: Examples | None
     summary: Mapping[str, Any]
     """files, digests and counts, as JSON values"""
+    left_out: Sequence[str] = ()
+    """what was too long, in words"""
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
@@ -82,6 +84,9 @@ def read_data(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]) 
             path, encoder, targets=options.targets, too_long=options.too_long
         )
     digests = {name: file_sha256(path) for name, path in files.items()}
+    left_out = [
+        f"{part.num_skipped:,} of {files[name]}" for name, part in parts.items() if part.num_skipped
+    ]
     if options.dev_fraction:
         parts["train"], parts["dev"] = split(
             options.data, parts["train"], options.dev_fraction, seed=options.seed
@@ -97,7 +102,7 @@ def read_data(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]) 
             "target_tokens": examples.num_targets,
             "rows_skipped": examples.num_skipped,
         }
-    return Data(parts["train"], parts.get("dev"), summary)
+    return Data(parts["train"], parts.get("dev"), summary, left_out)
 
 
 def _room(

@@ -136,11 +136,12 @@ def check_tensorboard() -> None:
         raise TrainError("tensorboard is not installed: pip install tensorboard") from error
 
 
-def tensorboard_log(folder: Path) -> Log:
-    """Writes TensorBoard's event files."""
+def tensorboard_log(folder: Path, done: int) -> Log:
+    """Writes TensorBoard's event files. What others in the folder say of steps after ``done`` is
+    taken back: a killed run came further than its checkpoint."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder))
+    writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def log(line: Mapping[str, Any]) -> None:
         for name, value in line.items():

@@ -107,6 +107,8 @@ def _train(
         checkpoints=Checkpoints(folder.checkpoints, keep=options.keep_checkpoints),
         reporter=reporter,
     )
+    for what in data.left_out:
+        reporter.note(f"too long and left out: {what}")
     reporter.note(_opening(trainer, lm, prefix, data))
     _resume(trainer, folder, reporter, accelerator)
     trainer.run()
@@ -126,7 +128,9 @@ def _start(
 def _reporter(options: TrainOptions, folder: RunFolder, console: Console | None) -> Reporter:
     logs: list[Log] = [folder.log]
     if options.tensorboard:
-        logs.append(tensorboard_log(folder.path))
+        logs.append(
+            tensorboard_log(folder.path, Checkpoints(folder.checkpoints, keep=1).latest_step())
+        )
     return Reporter(console, log_every=options.log_every, logs=logs)
 
 

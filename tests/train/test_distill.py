@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 
 from prefixd_server.config import ModelConfig
 from prefixd_server.models.loader import load_model
 from prefixd_store import validate_file
 from prefixd_train import train as train_module
-from prefixd_train.errors import DataError, TrainError
+from prefixd_train.errors import DataError, TooLongError, TrainError
 from prefixd_train.initialise import from_prefix_file
 from prefixd_train.inject import target_logits
 from prefixd_train.lm import FrozenLM
@@ -204,6 +205,28 @@ def test_the_model_writes_the_same_questions_for_a_seed(distil: Distil, tmp_path
         ["Question:", "Who"],
     ]
     assert all(row["prompt"].endswith("\nAnswer:") for row in rows)
+
+
+def test_a_question_that_does_not_fit_is_named_or_left_out(
+    distil: Distil, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The longest of those that the model writes."""
+    train(distil(self_generate=4, max_steps=1, out=tmp_path / "all"))
+    rows = Teacher(tmp_path / "all" / "teacher").examples
+    sizes = [len(rows[index].source) for index in range(4)]
+    longest, room = sizes.index(max(sizes)), sorted(set(sizes))[-2] + 6
+    assert sizes.count(max(sizes)) == 1
+    settings = {"self_generate": 4, "max_steps": 1, "max_length": room}
+    with pytest.raises(
+        TooLongError, match=rf"question {longest + 1} that the model wrote, '\w+ .*:"
+    ):
+        train(distil(out=tmp_path / "named", **settings))
+    train(distil(too_long="skip", **settings), console=Console(stderr=True))
+    assert len(Teacher(tmp_path / "run" / "teacher").examples) == 3
+    said = "too long and left out: 1 of the questions that the model wrote"
+    assert said in capsys.readouterr().err
+    with pytest.raises(TooLongError, match="none of the 4 questions that the model wrote fits"):
+        train(distil(too_long="skip", out=tmp_path / "none", **settings | {"max_length": 12}))
 
 
 def test_a_killed_run_ends_with_the_same_bytes(

@@ -213,6 +213,15 @@ def test_a_start_from_tokens_all_over_a_file(
     assert run([*arguments, "--init-choose=even", f"--out={out}", "--resume"]) == 1
 
 
+def test_rows_that_are_left_out_are_counted(
+    arguments: list[str], write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write([*ROWS, *2 * [{"source": "a " * 99, "target": "b"}]])
+    arguments += ["--too-long=skip", "--max-length=60", "--max-steps=1", "--dev-fraction=0.25"]
+    assert run(arguments) == 0
+    assert f"too long and left out: 2 of {path}" in capsys.readouterr().err.splitlines()
+
+
 def test_every_setting_is_an_option() -> None:
     listed = [name for names in PANELS.values() for name in names]
     assert sorted(listed) == sorted(TrainOptions.model_fields)
