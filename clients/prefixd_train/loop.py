@@ -82,7 +82,8 @@ class Trainer:
             self._weights, lr=options.learning_rate, weight_decay=options.weight_decay
         )
         self._schedule = get_scheduler(
-            options.schedule,
+            # transformers' "constant" leaves the warm-up out.
+            "constant_with_warmup" if options.schedule == "constant" else options.schedule,
             optimizer,
             num_warmup_steps=round(options.warmup * self.num_steps),
             num_training_steps=self.num_steps,
