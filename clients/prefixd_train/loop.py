@@ -19,7 +19,7 @@ from prefixd_train.checkpoint import Checkpoints, random_state, set_random_state
 from prefixd_train.data import Examples
 from prefixd_train.errors import TrainError
 from prefixd_train.lm import FrozenLM
-from prefixd_train.objective import Objective, negative_log_likelihood
+from prefixd_train.objective import Objective, negative_log_likelihood, token_hits
 from prefixd_train.options import TrainOptions
 from prefixd_train.parameterise import PrefixParameters
 from prefixd_train.progress import Reporter
@@ -29,16 +29,23 @@ __all__ = ["Trainer", "Validation"]
 
 @dataclass
 class Validation:
-    """What the validations so far have found; losses are nats a token."""
+    """What the validations so far have found; losses are nats a token. The best is the one of the
+    lowest loss, or of the highest accuracy where they are given one (the loss decides a tie)."""
 
     best_loss: float | None = None
     best_step: int | None = None
     without_better: int = 0
+    best_accuracy: float | None = None
+    """share of the target tokens, 0 to 1"""
 
-    def add(self, loss: float, step: int) -> bool:
+    def add(self, loss: float, step: int, accuracy: float | None = None) -> bool:
         """Whether it is the best so far."""
-        if self.best_loss is None or loss < self.best_loss:
+        if self.best_loss is None or (-(accuracy or 0), loss) < (
+            -(self.best_accuracy or 0),
+            self.best_loss,
+        ):
             self.best_loss, self.best_step, self.without_better = loss, step, 0
+            self.best_accuracy = accuracy
             return True
         self.without_better += 1
         return False
@@ -50,7 +57,7 @@ class Trainer:
     An optimiser step takes ``grad_accum`` batches of ``batch_size`` examples, each shared among the
     processes, and its loss is the mean over all their tokens: neither the number of processes nor
     where batches are cut changes what a token counts. Which examples a step takes follows from its
-    number, the seed and how many it takes. With ``dev``, the prefix of the lowest loss is kept.
+    number, the seed and how many it takes. With ``dev``, the best prefix there is kept.
     """
 
     def __init__(
@@ -208,16 +215,20 @@ class Trainer:
     # --- validation ------------------------------------------------------------------------------
     def _validate(self, dev: Examples) -> None:
         loss = self.evaluate(dev)
-        best = self.validation.add(loss, self.step)
+        accuracy = None
+        if self.options.eval_metric == "token-accuracy":
+            accuracy = self.evaluate(dev, token_hits)
+        best = self.validation.add(loss, self.step, accuracy)
         if best:
             self._best = {
                 name: value.detach().clone() for name, value in self.prefix.state_dict().items()
             }
-        self.reporter.validated(self.step, dev_loss=loss, best=best)
+        self.reporter.validated(self.step, dev_loss=loss, dev_accuracy=accuracy, best=best)
 
     @torch.no_grad()
-    def evaluate(self, examples: Examples) -> float:
-        """The objective's mean a token, without dropout."""
+    def evaluate(self, examples: Examples, measure: Objective | None = None) -> float:
+        """The mean a token of a measure, of the objective unless it is given, without dropout."""
+        measure = measure or self.objective
         self.prefix.eval()
         prefix = self.prefix()
         totals = torch.zeros(2, dtype=torch.float64)
@@ -225,8 +236,8 @@ class Trainer:
         for indices in batches:
             for batch in self._shares(examples, [indices]):
                 with self.accelerator.autocast():
-                    loss, tokens = self.objective(self.lm, batch, prefix)
-                totals += torch.tensor([loss.item(), tokens], dtype=torch.float64)
+                    total, tokens = measure(self.lm, batch, prefix)
+                totals += torch.tensor([total.item(), tokens], dtype=torch.float64)
         return self._mean(totals)[0]
 
     # --- checkpoints -----------------------------------------------------------------------------

@@ -121,7 +121,10 @@ class TrainOptions(BaseModel):
         None, ge=1, description="steps between validations; default: an epoch"
     )
     patience: int | None = Field(
-        None, ge=1, description="stop after so many validations without a better loss"
+        None, ge=1, description="stop after so many validations without a better one"
+    )
+    eval_metric: Literal["loss", "token-accuracy"] = Field(
+        "loss", description="what tells the better prefix on the validation data"
     )
 
     prefix_dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -163,6 +166,8 @@ class TrainOptions(BaseModel):
             raise ValueError("dev and dev_fraction exclude each other")
         if self.patience is not None and self.dev is None and not self.dev_fraction:
             raise ValueError("patience needs dev or dev_fraction: it counts validations")
+        if self.eval_metric != "loss" and self.dev is None and not self.dev_fraction:
+            raise ValueError(f"eval_metric {self.eval_metric} needs dev or dev_fraction")
         if (self.init == "prefix") != (self.init_from is not None):
             raise ValueError("init prefix and init_from go together")
         self._check_init_text()
@@ -291,6 +296,7 @@ PANELS = {
         "grad_accum",
         "eval_every",
         "patience",
+        "eval_metric",
         "seed",
     ),
     "Hardware": ("dtype", "mixed_precision", "device", "threads", "gradient_checkpointing"),

@@ -19,6 +19,7 @@ from prefixd_train.loop import Trainer, Validation
 from prefixd_train.objective import negative_log_likelihood
 from prefixd_train.options import TrainOptions
 from prefixd_train.recompute import recompute_layers
+from prefixd_train.run_folder import RunFolder
 from prefixd_train.start import prefix_lengths, start_prefix
 from prefixd_train.template import PromptTemplate
 from prefixd_train.train import train
@@ -162,6 +163,49 @@ def test_validation_counts() -> None:
     losses = [3.0, 2.0, 2.0, float("nan"), 1.0, 4.0]
     assert [validation.add(loss, i) for i, loss in enumerate(losses)] == [1, 1, 0, 0, 1, 0]
     assert validation == Validation(best_loss=1.0, best_step=4, without_better=1)
+    validation = Validation()
+    scores = [(3.0, 0.0), (2.0, 0.5), (1.0, 0.4), (2.5, 0.5), (1.9, 0.5), (9.0, 0.6)]
+    found = [validation.add(loss, i, accuracy) for i, (loss, accuracy) in enumerate(scores)]
+    assert found == [1, 1, 0, 0, 1, 1]
+    assert validation == Validation(9.0, 5, 0, best_accuracy=0.6)
+
+
+def test_the_most_accurate_prefix_is_kept(llama: FrozenLM, options: Options) -> None:
+    """Tokens are counted one row at a time; the loss, which would choose otherwise, breaks ties."""
+    losses = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    found = []
+
+    def scripted(lm: FrozenLM, batch: Batch, prefix: Any) -> tuple[torch.Tensor, int]:
+        if torch.is_grad_enabled():
+            return negative_log_likelihood(lm, batch, prefix)
+        found.append({site: (k.clone(), v.clone()) for site, (k, v) in prefix.items()})
+        return torch.tensor(next(losses)), 1
+
+    settings = options(
+        num_virtual_tokens=16,
+        max_steps=30,
+        lr=0.3,
+        eval_every=5,
+        eval_metric="token-accuracy",
+        dev_fraction=0.5,
+    )
+    dev = examples_of(llama, FOODS[:3])
+    trainer = trainer_of(llama, settings, dev=dev, objective=scripted)
+    validation = trainer.run()
+    accuracies = []
+    with torch.no_grad():
+        for prefix in found:
+            hits = 0
+            for source, target in (dev[i] for i in range(len(dev))):
+                rows = forward(llama, Collator(0)([Example(source, target)]), prefix)[0]
+                said = rows[len(source) - 1 : -1].argmax(-1).tolist()
+                hits += sum(a == b for a, b in zip(said, target, strict=True))
+            accuracies.append(hits / dev.num_targets)
+    best = accuracies.index(max(accuracies))
+    assert best > 0
+    assert validation.best_accuracy == pytest.approx(accuracies[best])
+    assert (validation.best_step, validation.best_loss) == (5 * best + 5, best + 1)
+    assert torch.equal(trainer.prefix()["decoder"][0], found[best]["decoder"][0])
 
 
 def test_an_objective_of_ones_own(llama: FrozenLM, options: Options) -> None:
@@ -201,13 +245,21 @@ def test_an_lm_that_has_changed_ends_the_run(llama_folder: Path, options: Option
 
 
 def test_the_file_says_how_it_came_to_be(options: Options, tmp_path: Path) -> None:
-    settings = options(dev_fraction=0.25, patience=9, prompt_template="{source} =>")
+    settings = options(
+        dev_fraction=0.25,
+        patience=9,
+        prompt_template="{source} =>",
+        eval_metric="token-accuracy",
+    )
     trained = train(settings)
     assert trained is not None
     told = read_manifest(trained.prefix).provenance
     assert told["training"]["prompt_template"] == "{source} =>"
     assert told["data"]["train"]["file"] == "train.jsonl"
     assert told["dev_loss"] == trained.validation.best_loss
+    assert told["dev_accuracy"] == trained.validation.best_accuracy
+    logged = [line for line in RunFolder(tmp_path / "run").read_metrics() if "dev_loss" in line]
+    assert told["dev_accuracy"] == max(line["dev_accuracy"] for line in logged)
     assert told["card"] == (tmp_path / "run" / "README.md").read_text()
     assert str(tmp_path) not in str(told)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -243,6 +295,7 @@ def test_settings_that_do_not_fit_are_named(
     ("settings", "message"),
     [
         ({"patience": 2}, "patience needs dev"),
+        ({"eval_metric": "token-accuracy"}, "token-accuracy needs dev or dev_fraction"),
         ({"dev": "a", "dev_fraction": 0.5}, "exclude each other"),
         ({"init": "words"}, "init words needs init_text"),
         ({"init": "random", "init_text": "x"}, "of no use to init random"),

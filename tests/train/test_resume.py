@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "prefix_dropout": 0.2,
     "dev_fraction": 0.25,
     "patience": 50,
+    "eval_metric": "token-accuracy",
     "eval_every": 3,
     "save_every": 4,
     "grad_accum": 2,
