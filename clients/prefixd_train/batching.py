@@ -1,7 +1,7 @@
-"""Which examples make a batch, in which order, and as which tensors.
+"""Which examples make a step and a batch, in which order, and as which tensors.
 
-The order of an epoch is a pure function of the lengths, the seed and the epoch: a run that was
-killed finds its place again from its step alone.
+The order of an epoch is a pure function of the lengths, the seed, the epoch and the examples of a
+step: a run that was killed finds its place again from its step alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prefixd_train.data import Example
 from prefixd_train.errors import TrainError
 from prefixd_train.lm import FrozenLM
 
-__all__ = ["IGNORED", "Batch", "Collator", "epoch_batches", "share"]
+__all__ = ["IGNORED", "Batch", "Collator", "epoch_batches", "epoch_steps", "share"]
 
 IGNORED = -100
 """the label of a position without loss, as torch's cross_entropy has it"""
@@ -79,6 +79,15 @@ def epoch_batches(
         some = some[np.argsort(sizes[some], kind="stable")]
         batches += [some[i : i + batch_size].tolist() for i in range(0, len(some), batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+def epoch_steps(
+    lengths: Sequence[int], batch_size: int, grad_accum: int, *, seed: int, epoch: int
+) -> list[list[list[int]]]:
+    """The batches of each optimiser step. Which examples a step takes depends on the product of
+    ``batch_size`` and ``grad_accum``, not on how it is cut."""
+    steps = epoch_batches(lengths, batch_size * grad_accum, seed=seed, epoch=epoch)
+    return [[step[i : i + batch_size] for i in range(0, len(step), batch_size)] for step in steps]
 
 
 def share(batch: Sequence[int], rank: int, num_processes: int) -> list[int]:

@@ -24,13 +24,16 @@ _LIBRARIES = ("prefixd", "torch", "transformers", "accelerate")
 
 def provenance(config: Mapping[str, Any], steps: int, validation: Validation) -> dict[str, Any]:
     """The file's own account of how it came to be: settings, digests, scores, libraries."""
-    return {
+    told = {
         "trained_with": {name: _version(name) for name in _LIBRARIES},
         **config,
         "steps": steps,
         "dev_loss": validation.best_loss,
         "best_step": validation.best_step,
     }
+    if validation.best_accuracy is not None:
+        told["dev_accuracy"] = validation.best_accuracy
+    return told
 
 
 def model_card(told: Mapping[str, Any], lengths: Mapping[Site, int], prompt: str) -> str:
@@ -57,6 +60,8 @@ def model_card(told: Mapping[str, Any], lengths: Mapping[Site, int], prompt: str
         )
     if told["dev_loss"] is not None:
         rows["validation loss"] = f"{told['dev_loss']:.4f} nats a token, step {told['best_step']}"
+    if "dev_accuracy" in told:
+        rows["validation token accuracy"] = f"{told['dev_accuracy']:.2%}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""# {task}
 

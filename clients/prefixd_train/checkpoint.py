@@ -33,6 +33,11 @@ class Checkpoints:
         found = self._whole()
         return found[-1] if found else None
 
+    def latest_step(self) -> int:
+        """0 before the first."""
+        latest = self.latest()
+        return 0 if latest is None else _step_of(latest)
+
     def partial(self, step: int) -> Path:
         """Where all processes write their files of a step."""
         return self._folder / f"step-{step:08}{_PARTIAL}"
@@ -56,7 +61,11 @@ class Checkpoints:
         if not self._folder.is_dir():
             return []
         found = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def random_state() -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from prefixd_train.errors import DataError, TooLongError
 from prefixd_train.template import PromptTemplate, lone_message, messages_text, shown, target_texts
+from prefixd_train.text_file import check_is_file, without_mark
 
 __all__ = [
     "Encoder",
@@ -27,6 +28,7 @@ __all__ = [
     "Examples",
     "Row",
     "Texts",
+    "check_several",
     "file_sha256",
     "read_examples",
     "read_rows",
@@ -227,7 +229,9 @@ def read_examples(
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The JSON objects of a file, one a line; empty lines are passed over."""
+    """The JSON objects of a file, one a line; empty lines are passed over. Raises DataError,
+    OSError."""
+    check_is_file(path)
     with path.open("rb") as file:
         for line, data in enumerate(_lines(path, file), 1):
             if data.strip():
@@ -237,14 +241,22 @@ def read_rows(path: Path) -> Iterator[Row]:
                     raise DataError(f"{path}:{line}: {error}") from error
 
 
-def split(examples: Examples, fraction: float, *, seed: int) -> tuple[Examples, Examples]:
+def check_several(path: Path, examples: Examples, what: str) -> None:
+    """Raises DataError for a file of one row; ``what`` takes more."""
+    lines = set(examples.lines)
+    if len(lines) == 1:
+        skipped = examples.num_skipped
+        only = f"the only row that fits ({skipped} skipped)" if skipped else "the only row"
+        raise DataError(f"{path}:{lines.pop()}: {only}; {what} takes two or more")
+
+
+def split(
+    path: Path, examples: Examples, fraction: float, *, seed: int
+) -> tuple[Examples, Examples]:
     """Train and dev: ``fraction`` of the rows, at least one, chosen by the seed. All references of
-    a row go the same way."""
+    a row go the same way. ``path``: the file to name. Raises DataError for one row."""
+    check_several(path, examples, f"a dev split of {fraction}")
     lines = sorted(set(examples.lines))
-    if len(lines) < 2:
-        raise DataError(
-            f"a dev split of {fraction} needs two rows or more, the training data has {len(lines)}"
-        )
     count = min(max(1, round(len(lines) * fraction)), len(lines) - 1)
     random = np.random.Generator(np.random.PCG64(seed))
     dev = {lines[i] for i in random.permutation(len(lines))[:count]}
@@ -260,6 +272,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterable[bytes]:
     line = 0
     while data := file.readline(MAX_LINE_BYTES + 1):
         line += 1
+        data = without_mark(data) if line == 1 else data
         if len(data) > MAX_LINE_BYTES:
             raise DataError(f"{path}:{line}: a line of more than {MAX_LINE_BYTES} bytes")
         yield data

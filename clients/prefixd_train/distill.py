@@ -20,10 +20,11 @@ from prefixd_train.initialise import activations_of_tokens
 from prefixd_train.lm import FrozenLM
 from prefixd_train.options import TrainOptions
 from prefixd_train.prepare import Data, prompt_template
-from prefixd_train.questions import Question, read_questions, write_questions
+from prefixd_train.questions import Question, Questions, read_questions, write_questions
 from prefixd_train.sites import Site
 from prefixd_train.teacher import Teacher, write_teacher
 from prefixd_train.template import PromptTemplate
+from prefixd_train.text_file import read_text
 
 __all__ = ["Lesson", "read_lesson", "teach"]
 
@@ -47,8 +48,9 @@ def read_lesson(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]
     assert path is not None
     if lm.is_encoder_decoder:
         raise TrainError(f"a document is distilled into a decoder-only LM; {lm.name} is not one")
+    _check_top_k(options.top_k, lm)
     document = _read_document(path, lm, options.answer_tokens)
-    if options.init == "text" and options.init_text is None:
+    if options.starts_from_data:
         _check_long_enough(path, len(document), max(lengths.values()))
     encoder = _encoder(options, lm, max(len(document), *lengths.values()))
     summary: dict[str, Any] = {
@@ -58,7 +60,7 @@ def read_lesson(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]
             "tokens": len(document),
         }
     }
-    questions: list[Question] = []
+    questions = Questions()
     if options.questions is not None:
         questions = read_questions(
             options.questions,
@@ -67,7 +69,17 @@ def read_lesson(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]
             skip_too_long=options.too_long == "skip",
         )
         name, digest = options.questions.name, file_sha256(options.questions)
-        summary["questions"] = {"file": name, "sha256": digest, "questions": len(questions)}
+        summary["questions"] = {
+            "file": name,
+            "sha256": digest,
+            "questions": len(questions),
+            "rows_skipped": questions.num_skipped,
+        }
+    if options.dev_fraction and (len(questions) or options.self_generate) == 1:
+        raise TrainError(
+            f"{options.questions or 'self_generate'}: one question; a dev split of"
+            f" {options.dev_fraction} takes two or more"
+        )
     return Lesson(document, questions, encoder, summary)
 
 
@@ -81,7 +93,8 @@ def teach(
     teacher = Teacher(folder)
     train, dev = teacher.examples, None
     if options.dev_fraction:
-        train, dev = split(train, options.dev_fraction, seed=options.seed)
+        file = folder / "examples.jsonl"
+        train, dev = split(file, train, options.dev_fraction, seed=options.seed)
     parts = {"train": train} | ({"dev": dev} if dev is not None else {})
     summary = {
         name: {
@@ -93,7 +106,16 @@ def teach(
         for name, examples in parts.items()
     }
     told = {"dev": None, **summary, **lesson.summary, "teacher": teacher.digests}
-    return teacher, Data(train, dev, told)
+    return teacher, Data(train, dev, told, _left_out(options, lesson, teacher))
+
+
+def _left_out(options: TrainOptions, lesson: Lesson, teacher: Teacher) -> list[str]:
+    if options.questions is not None:
+        skipped, where = lesson.summary["questions"]["rows_skipped"], str(options.questions)
+    else:
+        skipped = (options.self_generate or 0) - len(teacher.examples)
+        where = "the questions that the model wrote"
+    return [f"{skipped:,} of {where}"] if skipped else []
 
 
 def _write(options: TrainOptions, lm: FrozenLM, lesson: Lesson, folder: Path) -> None:
@@ -105,6 +127,7 @@ def _write(options: TrainOptions, lm: FrozenLM, lesson: Lesson, folder: Path) ->
         chunk_tokens=options.chunk_tokens,
         answer_tokens=options.answer_tokens,
         seed=options.seed,
+        skip_too_long=options.too_long == "skip",
     )
     write_teacher(
         folder,
@@ -118,19 +141,22 @@ def _write(options: TrainOptions, lm: FrozenLM, lesson: Lesson, folder: Path) ->
 
 
 def _read_document(path: Path, lm: FrozenLM, answer_tokens: int) -> list[int]:
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise TrainError(f"{path} is not UTF-8: byte {error.start} ({error.reason})") from error
-    tokens: list[int] = lm.tokenizer(text, verbose=False).input_ids
-    if not text.strip():
-        raise TrainError(f"{path} is empty")
+    tokens: list[int] = lm.tokenizer(read_text(path), verbose=False).input_ids
     if lm.max_positions is not None and len(tokens) + answer_tokens >= lm.max_positions:
         raise TooLongError(
             f"{path} has {len(tokens)} tokens; with an answer of up to {answer_tokens} it does not"
             f" fit {lm.name}'s {lm.max_positions} positions"
         )
     return tokens
+
+
+def _check_top_k(top_k: int, lm: FrozenLM) -> None:
+    vocabulary = len(lm.module.get_output_embeddings().weight)
+    if top_k >= vocabulary:
+        raise TrainError(
+            f"top_k is {top_k}; {lm.name} has {vocabulary} tokens, so it is at most"
+            f" {vocabulary - 1}"
+        )
 
 
 def _check_long_enough(path: Path, tokens: int, length: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prefixd_store import parse_prefix, validate_file
+from prefixd_store import InvalidPrefix, parse_prefix, validate_file
 from prefixd_train.attention import AttentionPlan, LayerOptions, Role
 from prefixd_train.lm import FrozenLM
 from prefixd_train.sites import PrefixKV, Site
@@ -135,15 +135,18 @@ def _evenly_chosen(lm: FrozenLM, tokens: Sequence[int], length: int) -> PrefixKV
 
 
 def from_prefix_file(lm: FrozenLM, path: Path) -> PrefixKV:
-    """The values of a prefix file. Raises InvalidPrefix for a broken file, ValueError for one that
-    another LM's fingerprint is in."""
-    validate_file(path)
-    prefix = parse_prefix(path.read_bytes())
+    """The values of a prefix file. Raises ValueError for a broken file, and for one that another
+    LM's fingerprint is in; OSError."""
+    try:
+        validate_file(path)
+        prefix = parse_prefix(path.read_bytes())
+    except InvalidPrefix as error:
+        raise ValueError(f"not a prefix: {error}") from error
     theirs = prefix.manifest.base_fingerprint
     if theirs is not None and lm.fingerprint is not None and theirs != lm.fingerprint:
         raise ValueError(
-            f"{path} was trained on another model: its base fingerprint is {theirs}, that of"
-            f" {lm.name} is {lm.fingerprint}"
+            f"trained on another model: its base fingerprint is {theirs}, that of {lm.name} is"
+            f" {lm.fingerprint}"
         )
 
     def tensor(site: Site, part: str) -> Tensor:

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import get_scheduler
 
-from prefixd_train.batching import Batch, Collator, epoch_batches, share
+from prefixd_train.batching import Batch, Collator, epoch_batches, epoch_steps, share
 from prefixd_train.checkpoint import Checkpoints, random_state, set_random_state
 from prefixd_train.data import Examples
 from prefixd_train.errors import TrainError
 from prefixd_train.lm import FrozenLM
-from prefixd_train.objective import Objective, negative_log_likelihood
+from prefixd_train.objective import Objective, negative_log_likelihood, token_hits
 from prefixd_train.options import TrainOptions
 from prefixd_train.parameterise import PrefixParameters
 from prefixd_train.progress import Reporter
@@ -29,16 +29,23 @@ __all__ = ["Trainer", "Validation"]
 
 @dataclass
 class Validation:
-    """What the validations so far have found; losses are nats a token."""
+    """What the validations so far have found; losses are nats a token. The best is the one of the
+    lowest loss, or of the highest accuracy where they are given one (the loss decides a tie)."""
 
     best_loss: float | None = None
     best_step: int | None = None
     without_better: int = 0
+    best_accuracy: float | None = None
+    """share of the target tokens, 0 to 1"""
 
-    def add(self, loss: float, step: int) -> bool:
+    def add(self, loss: float, step: int, accuracy: float | None = None) -> bool:
         """Whether it is the best so far."""
-        if self.best_loss is None or loss < self.best_loss:
+        if self.best_loss is None or (-(accuracy or 0), loss) < (
+            -(self.best_accuracy or 0),
+            self.best_loss,
+        ):
             self.best_loss, self.best_step, self.without_better = loss, step, 0
+            self.best_accuracy = accuracy
             return True
         self.without_better += 1
         return False
@@ -50,7 +57,7 @@ class Trainer:
     An optimiser step takes ``grad_accum`` batches of ``batch_size`` examples, each shared among the
     processes, and its loss is the mean over all their tokens: neither the number of processes nor
     where batches are cut changes what a token counts. Which examples a step takes follows from its
-    number and the seed. With ``dev``, the prefix of the lowest loss is kept.
+    number, the seed and how many it takes. With ``dev``, the best prefix there is kept.
     """
 
     def __init__(
@@ -74,16 +81,16 @@ class Trainer:
         self.validation = Validation()
         self._best: dict[str, Tensor] | None = None
         self._collator = Collator.of(lm)
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        num_batches = ceil(len(train) / options.batch_size)
-        self.steps_per_epoch = ceil(num_batches / options.grad_accum)
+        self._epoch: tuple[int, list[list[list[int]]]] = (-1, [])
+        self.steps_per_epoch = ceil(len(train) / (options.batch_size * options.grad_accum))
         self.num_steps = options.max_steps or options.epochs * self.steps_per_epoch
         self._weights = [weight for weight in prefix.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(
             self._weights, lr=options.learning_rate, weight_decay=options.weight_decay
         )
         self._schedule = get_scheduler(
-            options.schedule,
+            # transformers' "constant" leaves the warm-up out.
+            "constant_with_warmup" if options.schedule == "constant" else options.schedule,
             optimizer,
             num_warmup_steps=round(options.warmup * self.num_steps),
             num_training_steps=self.num_steps,
@@ -94,7 +101,7 @@ class Trainer:
     def run(self) -> Validation:
         """Train to the last step or until patience is over; the prefix then is the best one.
 
-        Raises TrainError where the loss is no number any more.
+        Raises TrainError where the loss is no number any more, and where the LM has changed.
         """
         before = self.lm.checksum()
         with self.reporter.running(self.num_steps, self.step):
@@ -104,10 +111,14 @@ class Trainer:
                     self._validate(self.dev)
                 if self._due(self.options.save_every):
                     self.save()
+        if self.lm.checksum() != before:
+            raise TrainError(
+                f"the weights of {self.lm.name} have changed during the run: what was trained is of"
+                " no use to the model as it was. Does the objective write to them?"
+            )
         self.save()
         if self._best is not None:
             self.prefix.load_state_dict(self._best)
-        assert self.lm.checksum() == before, "the frozen LM has changed"
         return self.validation
 
     @property
@@ -150,10 +161,12 @@ class Trainer:
     def _batches_of(self, step: int) -> list[list[int]]:
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
-            size, seed = self.options.batch_size, self.options.seed
-            self._epoch = epoch, epoch_batches(self.train.lengths, size, seed=seed, epoch=epoch)
-        count = self.options.grad_accum
-        return self._epoch[1][place * count : (place + 1) * count]
+            asked = self.options
+            steps = epoch_steps(
+                self.train.lengths, asked.batch_size, asked.grad_accum, seed=asked.seed, epoch=epoch
+            )
+            self._epoch = epoch, steps
+        return self._epoch[1][place]
 
     def _backward(self, batches: Sequence[list[int]]) -> tuple[float, int]:
         """Leaves gradients of the summed loss; the mean loss and the tokens of all processes."""
@@ -202,16 +215,20 @@ class Trainer:
     # --- validation ------------------------------------------------------------------------------
     def _validate(self, dev: Examples) -> None:
         loss = self.evaluate(dev)
-        best = self.validation.add(loss, self.step)
+        accuracy = None
+        if self.options.eval_metric == "token-accuracy":
+            accuracy = self.evaluate(dev, token_hits)
+        best = self.validation.add(loss, self.step, accuracy)
         if best:
             self._best = {
                 name: value.detach().clone() for name, value in self.prefix.state_dict().items()
             }
-        self.reporter.validated(self.step, dev_loss=loss, best=best)
+        self.reporter.validated(self.step, dev_loss=loss, dev_accuracy=accuracy, best=best)
 
     @torch.no_grad()
-    def evaluate(self, examples: Examples) -> float:
-        """The objective's mean a token, without dropout."""
+    def evaluate(self, examples: Examples, measure: Objective | None = None) -> float:
+        """The mean a token of a measure, of the objective unless it is given, without dropout."""
+        measure = measure or self.objective
         self.prefix.eval()
         prefix = self.prefix()
         totals = torch.zeros(2, dtype=torch.float64)
@@ -219,8 +236,8 @@ class Trainer:
         for indices in batches:
             for batch in self._shares(examples, [indices]):
                 with self.accelerator.autocast():
-                    loss, tokens = self.objective(self.lm, batch, prefix)
-                totals += torch.tensor([loss.item(), tokens], dtype=torch.float64)
+                    total, tokens = measure(self.lm, batch, prefix)
+                totals += torch.tensor([total.item(), tokens], dtype=torch.float64)
         return self._mean(totals)[0]
 
     # --- checkpoints -----------------------------------------------------------------------------

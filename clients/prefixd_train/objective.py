@@ -12,7 +12,7 @@ from prefixd_train.inject import target_logits
 from prefixd_train.lm import FrozenLM
 from prefixd_train.sites import PrefixKV
 
-__all__ = ["Objective", "negative_log_likelihood", "target_nll"]
+__all__ = ["Objective", "negative_log_likelihood", "target_nll", "token_hits"]
 
 Objective = Callable[[FrozenLM, Batch, PrefixKV | None], tuple[Tensor, int]]
 """The loss summed over a batch's tokens (a scalar with a gradient), and their number.
@@ -33,3 +33,10 @@ def negative_log_likelihood(
 def target_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     """``logits`` [N, V] against ``targets`` [N]; summed in float32 whatever the logits' dtype."""
     return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
+
+
+def token_hits(lm: FrozenLM, batch: Batch, prefix: PrefixKV | None) -> tuple[Tensor, int]:
+    """How many targets are the LM's likeliest token behind the targets before them, and how many
+    there are: a measure with an objective's signature, and no gradient."""
+    logits, targets, _ = target_logits(lm, batch, prefix)
+    return (logits.argmax(-1) == targets).sum(), targets.numel()

@@ -26,7 +26,7 @@ _MAX_TEXT = 400
 _FREE = {"out", "resume", "push", "api_key", "tensorboard", "device", "threads"}
 _FREE |= {"log_every", "save_every", "keep_checkpoints"}
 # Named by their content elsewhere: a run may be resumed, and is told of, wherever the files lie.
-_FREE |= {"model", "data", "dev", "init_from", "document", "questions"}
+_FREE |= {"model", "data", "dev", "init_from", "init_file", "document", "questions"}
 
 
 class TrainOptions(BaseModel):
@@ -98,6 +98,10 @@ class TrainOptions(BaseModel):
     init_text: str | None = Field(
         None, description="that text or those words; default: training examples, the document"
     )
+    init_file: Path | None = Field(None, description="a file of them instead, UTF-8")
+    init_choose: Literal["first", "even"] = Field(
+        "first", description="of a text: its first P tokens, or P evenly chosen from all of it"
+    )
     init_from: Path | None = Field(None, description="that prefix file")
 
     lr: float | None = Field(
@@ -117,7 +121,10 @@ class TrainOptions(BaseModel):
         None, ge=1, description="steps between validations; default: an epoch"
     )
     patience: int | None = Field(
-        None, ge=1, description="stop after so many validations without a better loss"
+        None, ge=1, description="stop after so many validations without a better one"
+    )
+    eval_metric: Literal["loss", "token-accuracy"] = Field(
+        "loss", description="what tells the better prefix on the validation data"
     )
 
     prefix_dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -159,15 +166,28 @@ class TrainOptions(BaseModel):
             raise ValueError("dev and dev_fraction exclude each other")
         if self.patience is not None and self.dev is None and not self.dev_fraction:
             raise ValueError("patience needs dev or dev_fraction: it counts validations")
+        if self.eval_metric != "loss" and self.dev is None and not self.dev_fraction:
+            raise ValueError(f"eval_metric {self.eval_metric} needs dev or dev_fraction")
         if (self.init == "prefix") != (self.init_from is not None):
             raise ValueError("init prefix and init_from go together")
-        if self.init == "words" and not self.init_text:
-            raise ValueError("init words needs init_text")
-        if self.init_text and self.init not in ("text", "words"):
-            raise ValueError(f"init_text is of no use to init {self.init}")
+        self._check_init_text()
         if self.dtype == "float16" and self.mixed_precision != "fp16":
             raise ValueError("dtype float16 needs mixed_precision fp16: small gradients vanish")
         return self
+
+    def _check_init_text(self) -> None:
+        given = [name for name in ("init_text", "init_file") if getattr(self, name)]
+        if len(given) == 2:
+            raise ValueError("init_text and init_file exclude each other")
+        if given and self.init not in ("text", "words"):
+            raise ValueError(f"{given[0]} is of no use to init {self.init}")
+        if self.init == "words" and not given:
+            raise ValueError("init words needs init_text or init_file")
+        if self.init_choose == "even":
+            if self.init != "text":
+                raise ValueError(f"init_choose even is of no use to init {self.init}")
+            if not given and self.document is None:
+                raise ValueError("init_choose even needs init_text, init_file or a document")
 
     def _check_method(self) -> None:
         if self.method == "examples":
@@ -184,6 +204,11 @@ class TrainOptions(BaseModel):
             raise ValueError("method distill needs a document")
         if (self.questions is None) == (self.self_generate is None):
             raise ValueError("method distill needs one of questions and self_generate")
+
+    @property
+    def starts_from_data(self) -> bool:
+        """From the training examples or the document, as nothing else is named."""
+        return self.init == "text" and not self.init_text and self.init_file is None
 
     @property
     def asked_lengths(self) -> dict[str, int]:
@@ -255,6 +280,8 @@ PANELS = {
         "frozen_first",
         "init",
         "init_text",
+        "init_file",
+        "init_choose",
         "init_from",
     ),
     "Optimisation": (
@@ -269,6 +296,7 @@ PANELS = {
         "grad_accum",
         "eval_every",
         "patience",
+        "eval_metric",
         "seed",
     ),
     "Hardware": ("dtype", "mixed_precision", "device", "threads", "gradient_checkpointing"),

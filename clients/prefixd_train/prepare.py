@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from prefixd import Client
-from prefixd_train.data import Encoder, Examples, file_sha256, read_examples, split
+from prefixd_train.data import (
+    Encoder,
+    Examples,
+    check_several,
+    file_sha256,
+    read_examples,
+    split,
+)
 from prefixd_train.errors import TrainError
 from prefixd_train.lm import FrozenLM
 from prefixd_train.options import TrainOptions
 from prefixd_train.sites import Site
 from prefixd_train.template import PromptTemplate
+from prefixd_train.text_file import check_is_file
 
 __all__ = ["Data", "check_server", "make_accelerator", "prompt_template", "read_data", "run_config"]
 
@@ -26,6 +35,8 @@ class Data:
     dev: Examples | None
     summary: Mapping[str, Any]
     """files, digests and counts, as JSON values"""
+    left_out: Sequence[str] = ()
+    """what was too long, in words"""
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
@@ -35,6 +46,13 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     if options.device == "cuda" and not has_cuda:
         raise TrainError("device cuda: torch finds no CUDA device")
     cpu = options.device == "cpu" or not has_cuda
+    if cpu and options.mixed_precision == "fp16":
+        raise TrainError("mixed_precision fp16 needs a GPU; bf16 runs on a CPU too")
+    shared = AcceleratorState._shared_state
+    if shared and (shared["_mixed_precision"], shared["_cpu"]) != (options.mixed_precision, cpu):
+        # accelerate keeps the first run's for the life of the process, and has no public way to
+        # let go of it. Processes of a launcher stay connected.
+        AcceleratorState._reset_state(reset_partial_state=shared["num_processes"] == 1)
     return Accelerator(cpu=cpu, mixed_precision=options.mixed_precision)
 
 
@@ -66,10 +84,15 @@ def read_data(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]) 
             path, encoder, targets=options.targets, too_long=options.too_long
         )
     digests = {name: file_sha256(path) for name, path in files.items()}
+    left_out = [
+        f"{part.num_skipped:,} of {files[name]}" for name, part in parts.items() if part.num_skipped
+    ]
     if options.dev_fraction:
         parts["train"], parts["dev"] = split(
-            parts["train"], options.dev_fraction, seed=options.seed
+            options.data, parts["train"], options.dev_fraction, seed=options.seed
         )
+    else:
+        check_several(options.data, parts["train"], "training")
     summary: dict[str, Any] = {"dev": None}
     for name, examples in parts.items():
         summary[name] = {
@@ -80,7 +103,7 @@ def read_data(options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int]) 
             "rows_skipped": examples.num_skipped,
             "prompts": sorted(examples.prompts),
         }
-    return Data(parts["train"], parts.get("dev"), summary)
+    return Data(parts["train"], parts.get("dev"), summary, left_out)
 
 
 def _room(
@@ -111,8 +134,11 @@ def run_config(
         "learning_rate": options.learning_rate,
         "data": data,
     }
-    if options.init_from is not None:
-        config["init_from_sha256"] = file_sha256(options.init_from)
+    for name in ("init_from", "init_file"):
+        path = getattr(options, name)
+        if path is not None:
+            check_is_file(path)
+            config[f"{name}_sha256"] = file_sha256(path)
     return config
 
 

@@ -103,10 +103,17 @@ class Reporter:
         )
         self._loss, self._tokens, self._seconds, self._logged = 0.0, 0, 0.0, step
 
-    def validated(self, step: int, *, dev_loss: float, best: bool) -> None:
+    def validated(
+        self, step: int, *, dev_loss: float, best: bool, dev_accuracy: float | None = None
+    ) -> None:
+        """``dev_accuracy``: a share of the tokens, where it is measured."""
         self._dev_loss = dev_loss
-        self._log({"step": step, "dev_loss": dev_loss})
-        self.note(f"step {step}: dev loss {dev_loss:.4f}{', the best so far' if best else ''}")
+        line, said = {"step": step, "dev_loss": dev_loss}, f"dev loss {dev_loss:.4f}"
+        if dev_accuracy is not None:
+            line["dev_accuracy"] = dev_accuracy
+            said += f", token accuracy {dev_accuracy:.2%}"
+        self._log(line)
+        self.note(f"step {step}: {said}{', the best so far' if best else ''}")
 
     def note(self, text: str) -> None:
         """A line above the bar, if there is one."""
@@ -136,11 +143,12 @@ def check_tensorboard() -> None:
         raise TrainError("tensorboard is not installed: pip install tensorboard") from error
 
 
-def tensorboard_log(folder: Path) -> Log:
-    """Writes TensorBoard's event files."""
+def tensorboard_log(folder: Path, done: int) -> Log:
+    """Writes TensorBoard's event files. What others in the folder say of steps after ``done`` is
+    taken back: a killed run came further than its checkpoint."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder))
+    writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def log(line: Mapping[str, Any]) -> None:
         for name, value in line.items():

@@ -16,8 +16,9 @@ from prefixd_train.continuation import continuation, sampled
 from prefixd_train.data import Encoder, Texts, read_rows
 from prefixd_train.errors import DataError, TooLongError
 from prefixd_train.lm import FrozenLM
+from prefixd_train.template import shown
 
-__all__ = ["Question", "ends_line", "read_questions", "write_questions"]
+__all__ = ["Question", "Questions", "ends_line", "read_questions", "write_questions"]
 
 TEMPERATURE = 0.8
 """of the questions that the LM writes; its answers are greedy"""
@@ -36,18 +37,24 @@ class Question(NamedTuple):
     """those of the answer, with the end of the text; None: the LM is to answer"""
 
 
+class Questions(list[Question]):
+    num_skipped = 0
+    """rows that were too long"""
+
+
 def read_questions(
     path: Path, encoder: Encoder, *, answer_tokens: int, skip_too_long: bool = False
-) -> list[Question]:
+) -> Questions:
     """``answer_tokens``: the most of an answer that the LM is to write. Raises DataError, which
     names the line, and OSError."""
-    found: list[Question] = []
+    found = Questions()
     for row in read_rows(path):
         try:
             found += _questions(row.fields, encoder, answer_tokens)
         except TooLongError as error:
             if not skip_too_long:
                 raise TooLongError(f"{row.place}: {error}") from error
+            found.num_skipped += 1
         except ValueError as error:
             raise DataError(f"{row.place}: {error}") from error
     if not found:
@@ -77,11 +84,13 @@ def write_questions(
     chunk_tokens: int,
     answer_tokens: int,
     seed: int,
+    skip_too_long: bool = False,
 ) -> Iterator[Question]:
     """Each is the LM's own, about a chunk of the document that the seed draws, and one line long.
-    The same arguments give the same questions. Raises TooLongError."""
+    The same arguments give the same questions. Raises TooLongError, which names the question."""
     generator = torch.Generator().manual_seed(seed)
     choose, is_end = sampled(generator, TEMPERATURE), ends_line(lm)
+    num_skipped = 0
     for index in range(count):
         opener = _OPENERS[index % len(_OPENERS)]
         asked = f"\n\nA question about this text.\nQuestion: {opener}"
@@ -95,7 +104,15 @@ def write_questions(
         text = opener + lm.tokenizer.decode(tokens, skip_special_tokens=True)
         asks, mark, _ = text.strip().partition("?")
         fields = dict.fromkeys(encoder.template.names, asks + mark)
-        yield from _questions(fields, encoder, answer_tokens)
+        try:
+            yield from _questions(fields, encoder, answer_tokens)
+        except TooLongError as error:
+            if not skip_too_long:
+                asked = f"question {index + 1} that the model wrote, {shown(asks + mark)}"
+                raise TooLongError(f"{asked}: {error}") from error
+            num_skipped += 1
+    if num_skipped == count:
+        raise TooLongError(f"none of the {count} questions that the model wrote fits")
 
 
 def ends_line(lm: FrozenLM) -> Callable[[int], bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain, cycle, islice
 
-from prefixd_store import InvalidPrefix
 from prefixd_train.data import Examples
 from prefixd_train.errors import TrainError
 from prefixd_train.initialise import (
@@ -18,6 +17,7 @@ from prefixd_train.lm import FrozenLM
 from prefixd_train.options import TrainOptions
 from prefixd_train.parameterise import PrefixParameters, make_prefix
 from prefixd_train.sites import PrefixKV, Site
+from prefixd_train.text_file import read_text
 
 __all__ = ["prefix_lengths", "start_prefix"]
 
@@ -37,12 +37,12 @@ def start_prefix(
     options: TrainOptions,
     lm: FrozenLM,
     lengths: Mapping[Site, int],
-    train: Examples,
+    train: Examples | None,
     *,
     document: Sequence[int] | None = None,
 ) -> PrefixParameters:
-    """``document``: the tokens to start from where the options name no text; else the examples'.
-    Random parts are drawn from torch's generator. Raises TrainError."""
+    """Where the options name no text it starts from the tokens of ``document``, or else of
+    ``train``. Random parts are drawn from torch's generator. Raises TrainError, OSError."""
     try:
         prefix = make_prefix(
             lm.shapes,
@@ -53,11 +53,17 @@ def start_prefix(
             dropout=options.prefix_dropout,
             frozen_first=options.num_frozen,
         )
+    except ValueError as error:
+        raise TrainError(str(error)) from error
+    try:
         values = _first_values(options, lm, lengths, train, document)
         if values is not None:
             prefix.set_kv(values)
-    except (ValueError, InvalidPrefix, OSError) as error:
-        raise TrainError(str(error)) from error
+    except TrainError:
+        raise
+    except ValueError as error:
+        file = options.init_from or options.init_file
+        raise TrainError(f"{file}: {error}" if file else str(error)) from error
     return prefix.to(lm.device)
 
 
@@ -65,9 +71,10 @@ def _first_values(
     options: TrainOptions,
     lm: FrozenLM,
     lengths: Mapping[Site, int],
-    train: Examples,
+    train: Examples | None,
     document: Sequence[int] | None,
 ) -> PrefixKV | None:
+    text = options.init_text if options.init_file is None else read_text(options.init_file)
     match options.init:
         case "random":
             return None
@@ -75,12 +82,14 @@ def _first_values(
             assert options.init_from is not None
             return from_prefix_file(lm, options.init_from)
         case "words":
-            assert options.init_text is not None
-            return from_words(lm, options.init_text, lengths)
-        case "text" if options.init_text is not None:
-            return from_text(lm, options.init_text, lengths)
+            assert text is not None
+            return from_words(lm, text, lengths)
+        case "text" if not options.starts_from_data:
+            assert text is not None
+            return from_text(lm, text, lengths, choose=options.init_choose)
     if document is not None:
-        return from_tokens(lm, document, lengths)
+        return from_tokens(lm, document, lengths, choose=options.init_choose)
+    assert train is not None
     return _from_examples(lm, lengths, train)
 
 

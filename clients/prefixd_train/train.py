@@ -27,6 +27,7 @@ from prefixd_train.progress import Log, Reporter, check_tensorboard, tensorboard
 from prefixd_train.recompute import recompute_layers
 from prefixd_train.run_folder import RunFolder
 from prefixd_train.save import save_prefix
+from prefixd_train.sites import Site
 from prefixd_train.start import prefix_lengths, start_prefix
 
 __all__ = ["Trained", "Uploaded", "train"]
@@ -80,18 +81,15 @@ def _train(
         else read_data(options, lm, lengths)
     )
     config = run_config(options, lm, lengths, source.summary)
+    prefix = _start(options, lm, lengths, source)
     if accelerator.is_main_process:
         folder.open(config, resume=options.resume)
     accelerator.wait_for_everyone()
-    document = None
     if isinstance(source, Lesson):
-        document = source.document
         teacher, data = teach(options, lm, source, folder.teacher, accelerator)
         objective, config = teacher.divergence, config | {"data": data.summary}
     else:
         data = source
-    set_seed(options.seed)
-    prefix = start_prefix(options, lm, lengths, data.train, document=document)
     set_seed(options.seed + accelerator.process_index)  # dropout is each process's own
     if options.gradient_checkpointing:
         recompute_layers(lm)
@@ -109,16 +107,30 @@ def _train(
         checkpoints=Checkpoints(folder.checkpoints, keep=options.keep_checkpoints),
         reporter=reporter,
     )
+    for what in data.left_out:
+        reporter.note(f"too long and left out: {what}")
     reporter.note(_opening(trainer, lm, prefix, data))
     _resume(trainer, folder, reporter, accelerator)
     trainer.run()
     return _finish(trainer, options, config, data, folder) if accelerator.is_main_process else None
 
 
+def _start(
+    options: TrainOptions, lm: FrozenLM, lengths: Mapping[Site, int], source: Lesson | Data
+) -> PrefixParameters:
+    """Before the run has a folder, so that what it cannot start from leaves none."""
+    set_seed(options.seed)
+    if isinstance(source, Lesson):
+        return start_prefix(options, lm, lengths, None, document=source.document)
+    return start_prefix(options, lm, lengths, source.train)
+
+
 def _reporter(options: TrainOptions, folder: RunFolder, console: Console | None) -> Reporter:
     logs: list[Log] = [folder.log]
     if options.tensorboard:
-        logs.append(tensorboard_log(folder.path))
+        logs.append(
+            tensorboard_log(folder.path, Checkpoints(folder.checkpoints, keep=1).latest_step())
+        )
     return Reporter(console, log_every=options.log_every, logs=logs)
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixd_train.batching import IGNORED, Collator, epoch_batches, share
+from prefixd_train.batching import IGNORED, Collator, epoch_batches, epoch_steps, share
 from prefixd_train.data import Example
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=300)
@@ -26,6 +26,17 @@ def test_an_epoch_is_a_permutation_that_the_seed_decides(
         i for batch in batches for rank in range(processes) for i in share(batch, rank, processes)
     ]
     assert sorted(shared) == list(range(len(lengths)))
+
+
+@given(lengths, st.integers(1, 5), st.integers(1, 5), seeds)
+def test_a_step_takes_the_same_examples_however_it_is_cut(
+    lengths: list[int], batch_size: int, grad_accum: int, seed: int
+) -> None:
+    steps = epoch_steps(lengths, batch_size, grad_accum, seed=seed, epoch=2)
+    whole = epoch_steps(lengths, batch_size * grad_accum, 1, seed=seed, epoch=2)
+    assert [[[i for batch in step for i in batch]] for step in steps] == whole
+    assert all(len(batch) <= batch_size for step in steps for batch in step)
+    assert len(steps) == -(-len(lengths) // (batch_size * grad_accum))
 
 
 @given(seeds)

@@ -156,11 +156,19 @@ def test_a_template_fills_its_names() -> None:
 
 
 def test_a_split_keeps_the_references_of_a_row_together(write: Write, encoder: Encoder) -> None:
-    examples = read_examples(write(ROWS), encoder)
-    train, dev = split(examples, 0.25, seed=1)
+    path = write(ROWS)
+    examples = read_examples(path, encoder)
+    train, dev = split(path, examples, 0.25, seed=1)
     assert len(set(dev.lines)) == 2
     assert not set(train.lines) & set(dev.lines)
     assert sorted(train.lines + dev.lines) == examples.lines
-    assert split(examples, 0.25, seed=1)[1].lines == dev.lines
-    with pytest.raises(DataError, match=r"dev split of 0.25 needs two rows or more, .* has 1"):
-        split(read_examples(write(ROWS[:1]), encoder), 0.25, seed=1)
+    assert split(path, examples, 0.25, seed=1)[1].lines == dev.lines
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, encoder: Encoder) -> None:
+    path = tmp_path / "notepad.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() * 2)
+    assert len(read_examples(path, encoder)) == 2
+    path.write_bytes(GOOD.encode() + b"\xef\xbb\xbf" + GOOD.encode())
+    with pytest.raises(DataError, match=r"jsonl:2: not JSON: .* at column 1: '\\ufeff"):
+        read_examples(path, encoder)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 
 from prefixd_server.config import ModelConfig
 from prefixd_server.models.loader import load_model
 from prefixd_store import validate_file
 from prefixd_train import train as train_module
-from prefixd_train.errors import DataError, TrainError
+from prefixd_train.errors import DataError, TooLongError, TrainError
 from prefixd_train.initialise import from_prefix_file
 from prefixd_train.inject import target_logits
 from prefixd_train.lm import FrozenLM
@@ -206,6 +207,28 @@ def test_the_model_writes_the_same_questions_for_a_seed(distil: Distil, tmp_path
     assert all(row["prompt"].endswith("\nAnswer:") for row in rows)
 
 
+def test_a_question_that_does_not_fit_is_named_or_left_out(
+    distil: Distil, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The longest of those that the model writes."""
+    train(distil(self_generate=4, max_steps=1, out=tmp_path / "all"))
+    rows = Teacher(tmp_path / "all" / "teacher").examples
+    sizes = [len(rows[index].source) for index in range(4)]
+    longest, room = sizes.index(max(sizes)), sorted(set(sizes))[-2] + 6
+    assert sizes.count(max(sizes)) == 1
+    settings = {"self_generate": 4, "max_steps": 1, "max_length": room}
+    with pytest.raises(
+        TooLongError, match=rf"question {longest + 1} that the model wrote, '\w+ .*:"
+    ):
+        train(distil(out=tmp_path / "named", **settings))
+    train(distil(too_long="skip", **settings), console=Console(stderr=True))
+    assert len(Teacher(tmp_path / "run" / "teacher").examples) == 3
+    said = "too long and left out: 1 of the questions that the model wrote"
+    assert said in capsys.readouterr().err
+    with pytest.raises(TooLongError, match="none of the 4 questions that the model wrote fits"):
+        train(distil(too_long="skip", out=tmp_path / "none", **settings | {"max_length": 12}))
+
+
 def test_a_killed_run_ends_with_the_same_bytes(
     distil: Distil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +305,21 @@ def test_a_document_longer_than_the_context_is_refused(distil: Distil, tmp_path:
     (tmp_path / "library.txt").write_text("tea")
     with pytest.raises(TrainError, match="has 2 tokens, fewer than the 8 virtual tokens"):
         train(distil())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 49_152}, r"top_k is 49152; llama\S* has 49152 tokens, so it is at most 49151"),
+        ({"self_generate": 1, "dev_fraction": 0.5}, "self_generate: one question; a dev split of"),
+    ],
+)
+def test_what_does_not_fit_the_model_leaves_no_run(
+    distil: Distil, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainError, match=message):
+        train(distil(**settings))
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prefixd_store import read_manifest
-from prefixd_train.batching import Batch, Collator, epoch_batches
+from prefixd_train.batching import Batch, Collator, epoch_steps
 from prefixd_train.data import Encoder, Example, Examples
 from prefixd_train.errors import TrainError
 from prefixd_train.inject import forward
@@ -19,6 +19,7 @@ from prefixd_train.loop import Trainer, Validation
 from prefixd_train.objective import negative_log_likelihood
 from prefixd_train.options import TrainOptions
 from prefixd_train.recompute import recompute_layers
+from prefixd_train.run_folder import RunFolder
 from prefixd_train.start import prefix_lengths, start_prefix
 from prefixd_train.template import PromptTemplate
 from prefixd_train.train import train
@@ -118,8 +119,23 @@ def test_steps_take_each_example_once_an_epoch(llama: FrozenLM, options: Options
     trainer = trainer_of(llama, options(max_steps=None, epochs=2, batch_size=3, grad_accum=2))
     assert (trainer.steps_per_epoch, trainer.num_steps) == (2, 4)
     for epoch in (0, 1):
-        batches = trainer._batches_of(2 * epoch) + trainer._batches_of(2 * epoch + 1)
-        assert batches == epoch_batches(trainer.train.lengths, 3, seed=0, epoch=epoch)
+        steps = [trainer._batches_of(2 * epoch), trainer._batches_of(2 * epoch + 1)]
+        assert steps == epoch_steps(trainer.train.lengths, 3, 2, seed=0, epoch=epoch)
+
+
+def test_a_prefix_does_not_depend_on_how_its_steps_are_cut(
+    llama: FrozenLM, options: Options
+) -> None:
+    """Several steps of fewer examples than there are, so that it matters which a step takes."""
+    found = []
+    for size, count in ((4, 1), (2, 2), (1, 4)):
+        settings = options(batch_size=size, grad_accum=count, max_steps=None, epochs=3)
+        trainer = trainer_of(llama, settings)
+        trainer.run()
+        assert trainer.step == 6
+        found.append(trainer.prefix()["decoder"])
+    for cut in found[1:]:
+        torch.testing.assert_close(cut, found[0], rtol=0, atol=1e-4)
 
 
 def test_the_best_prefix_is_kept_and_patience_ends(llama: FrozenLM, options: Options) -> None:
@@ -147,6 +163,49 @@ def test_validation_counts() -> None:
     losses = [3.0, 2.0, 2.0, float("nan"), 1.0, 4.0]
     assert [validation.add(loss, i) for i, loss in enumerate(losses)] == [1, 1, 0, 0, 1, 0]
     assert validation == Validation(best_loss=1.0, best_step=4, without_better=1)
+    validation = Validation()
+    scores = [(3.0, 0.0), (2.0, 0.5), (1.0, 0.4), (2.5, 0.5), (1.9, 0.5), (9.0, 0.6)]
+    found = [validation.add(loss, i, accuracy) for i, (loss, accuracy) in enumerate(scores)]
+    assert found == [1, 1, 0, 0, 1, 1]
+    assert validation == Validation(9.0, 5, 0, best_accuracy=0.6)
+
+
+def test_the_most_accurate_prefix_is_kept(llama: FrozenLM, options: Options) -> None:
+    """Tokens are counted one row at a time; the loss, which would choose otherwise, breaks ties."""
+    losses = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    found = []
+
+    def scripted(lm: FrozenLM, batch: Batch, prefix: Any) -> tuple[torch.Tensor, int]:
+        if torch.is_grad_enabled():
+            return negative_log_likelihood(lm, batch, prefix)
+        found.append({site: (k.clone(), v.clone()) for site, (k, v) in prefix.items()})
+        return torch.tensor(next(losses)), 1
+
+    settings = options(
+        num_virtual_tokens=16,
+        max_steps=30,
+        lr=0.3,
+        eval_every=5,
+        eval_metric="token-accuracy",
+        dev_fraction=0.5,
+    )
+    dev = examples_of(llama, FOODS[:3])
+    trainer = trainer_of(llama, settings, dev=dev, objective=scripted)
+    validation = trainer.run()
+    accuracies = []
+    with torch.no_grad():
+        for prefix in found:
+            hits = 0
+            for source, target in (dev[i] for i in range(len(dev))):
+                rows = forward(llama, Collator(0)([Example(source, target)]), prefix)[0]
+                said = rows[len(source) - 1 : -1].argmax(-1).tolist()
+                hits += sum(a == b for a, b in zip(said, target, strict=True))
+            accuracies.append(hits / dev.num_targets)
+    best = accuracies.index(max(accuracies))
+    assert best > 0
+    assert validation.best_accuracy == pytest.approx(accuracies[best])
+    assert (validation.best_step, validation.best_loss) == (5 * best + 5, best + 1)
+    assert torch.equal(trainer.prefix()["decoder"][0], found[best]["decoder"][0])
 
 
 def test_an_objective_of_ones_own(llama: FrozenLM, options: Options) -> None:
@@ -171,14 +230,36 @@ def test_a_loss_that_is_no_number_ends_the_run(llama: FrozenLM, options: Options
         trainer_of(llama, options(), objective=infinite).run()
 
 
+def test_an_lm_that_has_changed_ends_the_run(llama_folder: Path, options: Options) -> None:
+    """One bit of one weight is enough, and neither prefix nor last checkpoint is written."""
+    lm = load_lm(str(llama_folder))
+
+    def writing(lm: FrozenLM, batch: Batch, prefix: Any) -> tuple[torch.Tensor, int]:
+        weight = lm.module.get_input_embeddings().weight
+        weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0))
+        return negative_log_likelihood(lm, batch, prefix)
+
+    trainer = trainer_of(lm, options(max_steps=1), objective=writing)
+    with pytest.raises(TrainError, match=r"weights of \S+ have changed during the run"):
+        trainer.run()
+
+
 def test_the_file_says_how_it_came_to_be(options: Options, tmp_path: Path) -> None:
-    settings = options(dev_fraction=0.25, patience=9, prompt_template="{source} =>")
+    settings = options(
+        dev_fraction=0.25,
+        patience=9,
+        prompt_template="{source} =>",
+        eval_metric="token-accuracy",
+    )
     trained = train(settings)
     assert trained is not None
     told = read_manifest(trained.prefix).provenance
     assert told["training"]["prompt_template"] == "{source} =>"
     assert told["data"]["train"]["file"] == "train.jsonl"
     assert told["dev_loss"] == trained.validation.best_loss
+    assert told["dev_accuracy"] == trained.validation.best_accuracy
+    logged = [line for line in RunFolder(tmp_path / "run").read_metrics() if "dev_loss" in line]
+    assert told["dev_accuracy"] == max(line["dev_accuracy"] for line in logged)
     assert told["card"] == (tmp_path / "run" / "README.md").read_text()
     assert str(tmp_path) not in str(told)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -214,9 +295,14 @@ def test_settings_that_do_not_fit_are_named(
     ("settings", "message"),
     [
         ({"patience": 2}, "patience needs dev"),
+        ({"eval_metric": "token-accuracy"}, "token-accuracy needs dev or dev_fraction"),
         ({"dev": "a", "dev_fraction": 0.5}, "exclude each other"),
         ({"init": "words"}, "init words needs init_text"),
         ({"init": "random", "init_text": "x"}, "of no use to init random"),
+        ({"init": "prefix", "init_from": "a", "init_file": "b"}, "of no use to init prefix"),
+        ({"init_text": "x", "init_file": "y"}, "init_text and init_file exclude each other"),
+        ({"init_choose": "even"}, "init_choose even needs init_text, init_file or a document"),
+        ({"init": "words", "init_text": "x", "init_choose": "even"}, "no use to init words"),
         ({"init": "prefix"}, "go together"),
         ({"prompt_template": "{a.b}"}, "not a plain name"),
         ({"dtype": "float16"}, "needs mixed_precision fp16"),

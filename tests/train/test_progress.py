@@ -6,14 +6,17 @@ import re
 import sys
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prefixd_train.errors import TrainError
 from prefixd_train.progress import Reporter
 from prefixd_train.run_folder import RunFolder
 from prefixd_train.train import train
+from tests.support.killed import die, run_until_killed
 from tests.train.conftest import Options
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -59,11 +62,30 @@ def test_elsewhere_nothing_is_drawn() -> None:
     ]
 
 
-def test_tensorboard_has_the_losses_of_the_log(options: Options, tmp_path: Path) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(options(tensorboard=True, log_every=2, dev_fraction=0.25))
+def test_tensorboard_has_the_losses_of_the_log(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once each, though the run was killed after its checkpoint and had logged more."""
+    settings = {"tensorboard": True, "log_every": 2, "dev_fraction": 0.25, "save_every": 5}
+
+    def train_and_die_at_step_9() -> None:
+        stepped = Reporter.stepped
+
+        def stepped_or_die(self: Reporter, step: int, **more: Any) -> None:
+            stepped(self, step, **more)
+            if step == 9:
+                die()
+
+        monkeypatch.setattr(Reporter, "stepped", stepped_or_die)
+        train(options(**settings))
+
+    run_until_killed(train_and_die_at_step_9)
+    assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] > 5
+    (events,) = (tmp_path / "run").glob("events*")
+    events.rename(events.with_name("events.out.tfevents.0"))  # whose order is by the second
+    train(options(resume=True, **settings))
     logged = RunFolder(tmp_path / "run").read_metrics()
-    accumulator = events.EventAccumulator(str(tmp_path / "run"))
+    accumulator = EventAccumulator(str(tmp_path / "run"))
     accumulator.Reload()
     for name in ("loss", "dev_loss", "lr", "grad_norm", "tokens_per_s"):
         expected = [(line["step"], line[name]) for line in logged if name in line]

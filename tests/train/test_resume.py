@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "prefix_dropout": 0.2,
     "dev_fraction": 0.25,
     "patience": 50,
+    "eval_metric": "token-accuracy",
     "eval_every": 3,
     "save_every": 4,
     "grad_accum": 2,
@@ -97,7 +98,7 @@ def test_a_folder_is_neither_overwritten_nor_mixed(options: Options, tmp_path: P
         TrainError, match=r"another run: settings.lr was null, is 0.5; settings.max"
     ):
         train(options(max_steps=3, lr=0.5, resume=True))
-    (tmp_path / "train.jsonl").write_text(json.dumps({"source": "a", "target": "b"}))
+    (tmp_path / "train.jsonl").write_text(2 * (json.dumps({"source": "a", "target": "b"}) + "\n"))
     with pytest.raises(TrainError, match=r"data.train.sha256 was "):
         train(options(max_steps=2, resume=True))
     assert bytes_of(tmp_path / "run") == before

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prefixd.cli._train import needs_train_extra
+from prefixd_store import read_manifest
+from prefixd_train.initialise import from_prefix_file, from_text
+from prefixd_train.lm import FrozenLM
 from prefixd_train.options import PANELS, TrainOptions
 from prefixd_train.run_folder import RunFolder
 from tests.support.models import tiny_model_folder
@@ -134,19 +138,88 @@ def test_a_server_of_another_model_is_refused_before_training(
         (["--method=distill"], 2, "data is of no use to method distill"),
         (["--sites=cross"], 1, "sites 'cross'"),
         (["--prompt-template={text}"], 1, "train.jsonl:1: has no text"),
+        (["--data=."], 1, ". is a folder; a file is needed"),
+        (["--dev=nothing"], 1, "nothing has no rows"),
+        (["--init=words", "--init-file=nothing"], 1, "nothing is empty"),
+        (["--init-file=latin1"], 1, "latin1 is not UTF-8: byte 3"),
+        (["--init-file=short"], 1, "short: the text has 2 tokens; the prefix takes 8"),
+        (["--init=prefix", "--init-from=short"], 1, "short: not a prefix: "),
+        (["--init=prefix", "--init-from=."], 1, ". is a folder; a file is needed"),
+        (["--mixed-precision=fp16"], 1, "mixed_precision fp16 needs a GPU"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_what_is_wrong_is_one_line_and_leaves_no_run(
     arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     more: list[str],
     code: int,
     message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nothing").touch()
+    Path("latin1").write_bytes("caf\xe9 and more".encode("latin-1"))
+    Path("short").write_text("too short")
     assert run([*arguments, *more]) == code
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ")
     assert message in said
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "train.jsonl:2: the only row; training takes two or more"),
+        (["--dev-fraction=0.5"], "train.jsonl:2: the only row; a dev split of 0.5 takes two"),
+        (["--too-long=skip", "--max-length=60"], ":2: the only row that fits (1 skipped); train"),
+    ],
+)
+def test_one_row_is_no_training_data(
+    arguments: list[str],
+    tmp_path: Path,
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+) -> None:
+    path = write(ROWS[:1])
+    path.write_text("\n" + path.read_text())
+    if "--too-long=skip" in more:
+        path.write_text(path.read_text() + json.dumps({"source": "a " * 99, "target": "b"}))
+    assert run([*arguments, *more]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_from_tokens_all_over_a_file(
+    arguments: list[str], llama: FrozenLM, tmp_path: Path
+) -> None:
+    """Learning next to nothing, the prefix stays what the LM makes of that text."""
+    text = "The town hall stands at the river; its clock was built in 1873 and still keeps time."
+    (tmp_path / "text").write_text("\ufeff" + text)
+    arguments += [f"--init-file={tmp_path / 'text'}", "--max-steps=1", "--lr=1e-9"]
+    found = {}
+    for choose in ("first", "even"):
+        out = tmp_path / choose
+        assert run([*arguments, f"--init-choose={choose}", f"--out={out}"]) == 0
+        found[choose] = from_prefix_file(llama, out / "prefix.safetensors")["decoder"]
+        expected = from_text(llama, text, {"decoder": 8}, choose=choose)  # type: ignore[arg-type]
+        torch.testing.assert_close(found[choose], expected["decoder"])
+    assert not torch.allclose(found["first"][0], found["even"][0])
+    assert set(read_manifest(out / "prefix.safetensors").provenance) >= {"init_file_sha256"}
+    (tmp_path / "text").write_text(text + " On Sundays it rings.")
+    assert run([*arguments, "--init-choose=even", f"--out={out}", "--resume"]) == 1
+
+
+def test_rows_that_are_left_out_are_counted(
+    arguments: list[str], write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write([*ROWS, *2 * [{"source": "a " * 99, "target": "b"}]])
+    arguments += ["--too-long=skip", "--max-length=60", "--max-steps=1", "--dev-fraction=0.25"]
+    assert run(arguments) == 0
+    assert f"too long and left out: 2 of {path}" in capsys.readouterr().err.splitlines()
 
 
 def test_every_setting_is_an_option() -> None:
