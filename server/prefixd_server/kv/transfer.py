@@ -50,10 +50,10 @@ def copy_rows_aside(
     with torch.cuda.stream(stream):
         try:
             index = to_device(slots, device)
-            parts = zip(source.split(layers), target.split(layers), strict=True)
-            for part, place in parts:
-                rows = to_device(part.contiguous(), device).to(target.dtype).transpose(1, 2)
-                place.index_copy_(1, index, rows)
+            for first in range(0, len(source), layers):
+                part = source[first : first + layers].contiguous()
+                rows = to_device(part, device).to(target.dtype).transpose(1, 2)
+                target[first : first + layers].index_copy_(1, index, rows)
         finally:
             done.record(stream)
             done.synchronize()
