@@ -1,9 +1,12 @@
 """A CUDA device: right first, then how near its memory's speed. ``python bench/cuda.py``
 
 Decode is bound by memory: a step must read all weights once and the KV of its sequences. Those
-bytes over the speed of a large copy, measured here, is the least a step can take; each case is
-reported as a share of it. Weights are random, so nothing is downloaded; the geometries are those of
-Llama 3. Peers are transformers' ``generate`` on the same module and, where it is installed, vLLM.
+bytes over the speed of a large copy, measured here, is about the least a step can take (reading
+alone may be a little faster than copying); each case is reported as a share of it. Weights are
+random, so nothing is downloaded; the geometries are those of Llama 3. ``engine`` is the whole
+engine, with scheduling, sampling and the hand-over of tokens. Peers are transformers' ``generate``
+on the same module and, where it is installed, vLLM. These three have no steps to time: a step is
+what 64 more tokens take, over 64.
 
 ``--tiny --device cpu`` runs all of it on a toy model, to see that the script works.
 """
@@ -12,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -24,20 +29,28 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from prefixd_server.attention import create_backend, interface
+from prefixd_server.config import CacheConfig, Config, ModelConfig, SchedulerConfig, StoreConfig
 from prefixd_server.engine.cuda_graphs import CudaGraphRunner, bucket_sizes
 from prefixd_server.engine.runner import ModelRunner
 from prefixd_server.engine.scheduler import Scheduled
 from prefixd_server.engine.sequence import Sequence as Running
+from prefixd_server.errors import EngineDead
 from prefixd_server.kv.allocator import pages_for
 from prefixd_server.kv.pool import KVPool
+from prefixd_server.models.loader import LoadedModel
+from prefixd_server.models.probe import observe_geometry
 from prefixd_server.prefix.entry import Lease
 from prefixd_server.types import EngineRequest, PrefixVersion, SamplingParams
+from prefixd_server.wiring import Server
 
 PAGE_SIZE = 16
+MORE_TOKENS = 64
 RESULTS = Path(__file__).with_name("RESULTS-cuda.md")
 
 
@@ -116,6 +129,23 @@ def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> 
     return statistics.median(found)
 
 
+def step_ms_of(generate: Callable[[int], object], device: torch.device, repeats: int = 5) -> float:
+    """Of something that generates so many tokens at once: what more of them take, over their
+    number. The median of pairs, each of a short and a long run one after the other."""
+
+    def once(tokens: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        generate(tokens)
+        synchronize(device)
+        return (time.perf_counter() - start) * 1e3
+
+    once(2)
+    once(2 + MORE_TOKENS)
+    differences = [once(2 + MORE_TOKENS) - once(2) for _ in range(repeats)]
+    return statistics.median(differences) / MORE_TOKENS
+
+
 def memory_bytes_per_s(device: torch.device, size: int) -> float:
     """Of a copy from memory to memory, counting what it reads and what it writes."""
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
@@ -148,7 +178,8 @@ class Batch:
             dtype=dtype,
             device=device,
         )
-        for tensor in (*self.pool.keys, *self.pool.values):
+        self.tensors = [*self.pool.keys, *self.pool.values]
+        for tensor in self.tensors:
             tensor.normal_()
         pages = iter(torch.randperm(self.pool.num_pages).tolist())
         prefixes = [[next(pages) for _ in range(prefix_pages)] for _ in range(load.tasks)]
@@ -203,33 +234,54 @@ def runners(module: Any, batch: Batch, device: torch.device) -> dict[str, ModelR
         found["triton"] = ModelRunner(module, paged, device)
         graphs = CudaGraphRunner(module, paged, device, max_num_seqs=len(batch.step))
         graphs.capture(bucket_sizes(len(batch.step))[:1])
-        found["triton, graphs"] = graphs
+        # Without a graph for this batch it would be the row above under another name.
+        name = "triton, graphs" if graphs.replays(batch.step) else "triton, no graph captured"
+        found[name] = graphs
     return found
 
 
+CHECKED = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""the largest relative error, by what is computed in"""
+
+
 def check(device: torch.device) -> dict[str, float]:
-    """Each runner's relative error on a small model in float32, against the reference's on the CPU.
+    """Each runner's relative error on a small model, against the reference's on the CPU in float32
+    with the same weights, keys and values; with a prefix that is read by its group, and apart.
 
     Raises if one is wrong: figures of a wrong kernel mean nothing.
     """
-    geometry, load = GEOMETRIES["tiny"], Load(batch=9, prefix=700, tasks=1, context=70)
-    cpu = torch.device("cpu")
-    module = make_module(geometry, cpu, torch.float32)
-    batch = Batch(module, geometry, load, cpu)
-    wanted = ModelRunner(module, create_backend("sdpa", batch.pool), cpu).run(batch.step)
-    module = module.to(device)
-    other = Batch(module, geometry, load, device)
-    other.step = batch.step
-    for mine, theirs in zip(
-        (*batch.pool.keys, *batch.pool.values), (*other.pool.keys, *other.pool.values), strict=True
-    ):
-        theirs.copy_(mine)
+    grouped = Load(batch=9, prefix=700, tasks=1, context=70)
+    apart = Load(batch=9, prefix=100, tasks=3, context=70)
     errors = {}
-    for name, runner in runners(module, other, device).items():
-        errors[name] = _error(runner.run(batch.step).next_token, wanted.next_token)
-        if not errors[name] < 1e-4:
-            raise SystemExit(f"{name} is wrong: relative error {errors[name]:.2g}")
+    for dtype, tolerance in CHECKED.items():
+        for load in (grouped, apart):
+            for name, error in _errors(load, dtype, device).items():
+                case = f"{name}, {str(dtype).removeprefix('torch.')}, {load.tasks} × {load.prefix}"
+                errors[case] = error
+                if not error < tolerance:
+                    raise SystemExit(f"{case} is wrong: relative error {error:.2g}")
     return errors
+
+
+def _errors(load: Load, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    geometry, cpu = GEOMETRIES["tiny"], torch.device("cpu")
+    module = make_module(geometry, cpu, dtype)
+    batch = Batch(module, geometry, load, cpu)
+    exact = make_module(geometry, cpu, torch.float32)
+    exact.load_state_dict(module.state_dict())
+    reference, checked = (
+        Batch(model, geometry, load, where) for model, where in ((exact, cpu), (module, device))
+    )
+    for other in (reference, checked):
+        other.step = batch.step
+        for mine, theirs in zip(batch.tensors, other.tensors, strict=True):
+            theirs.copy_(mine)
+    backend = create_backend("sdpa", reference.pool)
+    wanted = ModelRunner(exact, backend, cpu).run(batch.step).next_token
+    return {
+        name: _error(runner.run(batch.step).next_token.float(), wanted)
+        for name, runner in runners(module.to(device), checked, device).items()
+    }
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
@@ -257,6 +309,10 @@ def measure(
         base = Load(load.batch, 0, 0, load.context)
         if not load.prefix:
             note("transformers generate", base, _generate_ms(module, geometry, base, device))
+            _free(device)
+            case, step_ms = _engine_ms(module, geometry, base, device)
+            note(case, base, step_ms)
+            _free(device)
     results += _vllm(name, module, geometry, loads, speed, dtype, device)
     return results
 
@@ -274,27 +330,80 @@ def _steps_ms(
 
 
 def _generate_ms(module: Any, geometry: Geometry, load: Load, device: torch.device) -> float:
-    """A decode step of transformers' own loop: what 16 more tokens take, over 16."""
+    """A decode step of transformers' own loop."""
     ids = torch.randint(0, geometry.vocab, (load.batch, load.context), device=device)
     module.set_attn_implementation("sdpa")
 
-    def run(tokens: int) -> float:
-        def generate() -> None:
-            module.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-
-        return median_ms(generate, device, 1)
+    def generate(tokens: int) -> None:
+        module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
 
     try:
-        return (run(18) - run(2)) / 16
+        return step_ms_of(generate, device)
     finally:
         module.set_attn_implementation(interface.IMPLEMENTATION)
+
+
+def _engine_ms(
+    module: Any, geometry: Geometry, load: Load, device: torch.device
+) -> tuple[str, float]:
+    """The case's name, and a decode step of the engine that the server runs."""
+    dtype = next(module.parameters()).dtype
+    pages = load.batch * (pages_for(load.context + MORE_TOKENS + 2, PAGE_SIZE) + 1)
+    row = 2 * geometry.layers * geometry.kv_heads * (geometry.hidden // geometry.heads)
+    model = LoadedModel(
+        module=module,
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}))),
+        name="bench",
+        architecture=type(module).__name__,
+        fingerprint=None,
+        geometry=observe_geometry(module, num_layers=geometry.layers),
+        vocab_size=geometry.vocab,
+        max_model_len=8192,
+        eos_token_ids=frozenset(),
+        device=device,
+        dtype=dtype,
+        weights=str(dtype),
+    )
+    prompts = torch.randint(0, geometry.vocab, (load.batch, load.context)).tolist()
+    numbers = itertools.count()
+    with tempfile.TemporaryDirectory() as store:
+        config = Config(
+            model=ModelConfig(),
+            store=StoreConfig(store=store),
+            cache=CacheConfig(
+                page_size=PAGE_SIZE, kv_cache_bytes=pages * PAGE_SIZE * row * dtype.itemsize
+            ),
+            scheduler=SchedulerConfig(max_num_seqs=load.batch),
+        )
+        server = Server(config, model=model)
+        graphs = isinstance(server.engine.runner, CudaGraphRunner) and server.engine.runner.steps
+
+        def generate(tokens: int) -> None:
+            sampling = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+            server.mailbox.submit(
+                [
+                    EngineRequest(
+                        f"r{next(numbers)}", "t", None, None, tuple(prompt), sampling, math.inf
+                    )
+                    for prompt in prompts
+                ]
+            )
+            server.engine.step()
+            while server.engine.has_work:
+                server.engine.step()
+
+        try:
+            return "engine, graphs" if graphs else "engine", step_ms_of(generate, device)
+        finally:
+            server.engine.close(EngineDead("measured"))
+            server.close()
 
 
 def _vllm(
@@ -322,13 +431,13 @@ def _vllm(
             prompts = torch.randint(0, geometry.vocab, (load.batch, load.context)).tolist()
             inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
 
-            def run(tokens: int) -> float:
+            def run(tokens: int) -> None:
                 sampling = Sampling(
                     temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
                 )
-                return median_ms(lambda: engine.generate(inputs, sampling), device, 1)  # noqa: B023
+                engine.generate(inputs, sampling)  # noqa: B023
 
-            step_ms = (run(66) - run(2)) / 64
+            step_ms = step_ms_of(run, device)
             floor = floor_bytes(module, geometry, load, dtype) / speed * 1e3
             results.append(Result(name, "vLLM", load, step_ms, floor, load.batch / step_ms * 1e3))
     return results
@@ -342,9 +451,18 @@ def _free(device: torch.device) -> None:
 
 # --- the report -----------------------------------------------------------------------------------
 
+FLOOR = (
+    "The floor: weights, and keys and values, read once at the speed of a large copy, both ways"
+    " counted."
+)
+
 
 def markdown(title: str, results: Sequence[Result]) -> str:
-    lines = [f"\n## {title}\n", "| model | case | batch | tasks × virtual tokens | context |"]
+    lines = [
+        f"\n## {title}\n",
+        FLOOR + "\n",
+        "| model | case | batch | tasks × virtual tokens | context |",
+    ]
     lines[-1] += " ms a step | floor, ms | of the floor's speed | tokens/s |"
     lines.append("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     lines += [

@@ -151,6 +151,10 @@ class CudaGraphRunner(ModelRunner):
                     step = DecodeStep(self.module, plan, rows, self.device)
                     self.steps[rows, grouped] = step
 
+    def replays(self, step: Seq[Scheduled]) -> bool:
+        """Whether a step of decodes is one that ``steps`` has a place for."""
+        return self._step_for([span_of(item) for item in step]) is not None
+
     def _logits(self, step: Seq[Scheduled], keep: list[int]) -> Tensor:
         # All rows are sampled from, so `keep` is each sequence's one token.
         if all(count == 1 for _, count in step) and len(keep) == len(step):
