@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
-import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,28 +26,21 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
+from whole_runs import engine_ms, generate_ms, synchronize, vllm_ms
 
 from prefixd_server.attention import create_backend, interface
-from prefixd_server.config import CacheConfig, Config, ModelConfig, SchedulerConfig, StoreConfig
 from prefixd_server.engine.cuda_graphs import CudaGraphRunner, bucket_sizes
 from prefixd_server.engine.runner import ModelRunner
 from prefixd_server.engine.scheduler import Scheduled
 from prefixd_server.engine.sequence import Sequence as Running
-from prefixd_server.errors import EngineDead
 from prefixd_server.kv.allocator import pages_for
 from prefixd_server.kv.pool import KVPool
-from prefixd_server.models.loader import LoadedModel
-from prefixd_server.models.probe import observe_geometry
 from prefixd_server.prefix.entry import Lease
 from prefixd_server.types import EngineRequest, PrefixVersion, SamplingParams
-from prefixd_server.wiring import Server
 
 PAGE_SIZE = 16
-MORE_TOKENS = 64
 RESULTS = Path(__file__).with_name("RESULTS-cuda.md")
 
 
@@ -110,11 +100,6 @@ class Result:
 # --- the device -----------------------------------------------------------------------------------
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Of one run, host and device together; three to warm up."""
     for _ in range(3):
@@ -127,23 +112,6 @@ def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> 
         synchronize(device)
         found.append((time.perf_counter() - start) * 1e3)
     return statistics.median(found)
-
-
-def step_ms_of(generate: Callable[[int], object], device: torch.device, repeats: int = 5) -> float:
-    """Of something that generates so many tokens at once: what more of them take, over their
-    number. The median of pairs, each of a short and a long run one after the other."""
-
-    def once(tokens: int) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        generate(tokens)
-        synchronize(device)
-        return (time.perf_counter() - start) * 1e3
-
-    once(2)
-    once(2 + MORE_TOKENS)
-    differences = [once(2 + MORE_TOKENS) - once(2) for _ in range(repeats)]
-    return statistics.median(differences) / MORE_TOKENS
 
 
 def memory_bytes_per_s(device: torch.device, size: int) -> float:
@@ -308,12 +276,13 @@ def measure(
         _free(device)
         base = Load(load.batch, 0, 0, load.context)
         if not load.prefix:
-            note("transformers generate", base, _generate_ms(module, geometry, base, device))
+            note("transformers generate", base, generate_ms(module, base, device))
             _free(device)
-            case, step_ms = _engine_ms(module, geometry, base, device)
+            case, step_ms = engine_ms(module, base, device)
             note(case, base, step_ms)
             _free(device)
-    results += _vllm(name, module, geometry, loads, speed, dtype, device)
+    for load, step_ms in vllm_ms(module, [load for load in loads if not load.prefix], device):
+        note("vLLM", load, step_ms)
     return results
 
 
@@ -327,120 +296,6 @@ def _steps_ms(
         # The reference gathers all keys; small batches tell enough of it.
         if case != "sdpa" or device.type == "cpu" or load.batch <= 32
     }
-
-
-def _generate_ms(module: Any, geometry: Geometry, load: Load, device: torch.device) -> float:
-    """A decode step of transformers' own loop."""
-    ids = torch.randint(0, geometry.vocab, (load.batch, load.context), device=device)
-    module.set_attn_implementation("sdpa")
-
-    def generate(tokens: int) -> None:
-        module.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-
-    try:
-        return step_ms_of(generate, device)
-    finally:
-        module.set_attn_implementation(interface.IMPLEMENTATION)
-
-
-def _engine_ms(
-    module: Any, geometry: Geometry, load: Load, device: torch.device
-) -> tuple[str, float]:
-    """The case's name, and a decode step of the engine that the server runs."""
-    dtype = next(module.parameters()).dtype
-    pages = load.batch * (pages_for(load.context + MORE_TOKENS + 2, PAGE_SIZE) + 1)
-    row = 2 * geometry.layers * geometry.kv_heads * (geometry.hidden // geometry.heads)
-    model = LoadedModel(
-        module=module,
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}))),
-        name="bench",
-        architecture=type(module).__name__,
-        fingerprint=None,
-        geometry=observe_geometry(module, num_layers=geometry.layers),
-        vocab_size=geometry.vocab,
-        max_model_len=8192,
-        eos_token_ids=frozenset(),
-        device=device,
-        dtype=dtype,
-        weights=str(dtype),
-    )
-    prompts = torch.randint(0, geometry.vocab, (load.batch, load.context)).tolist()
-    numbers = itertools.count()
-    with tempfile.TemporaryDirectory() as store:
-        config = Config(
-            model=ModelConfig(),
-            store=StoreConfig(store=store),
-            cache=CacheConfig(
-                page_size=PAGE_SIZE, kv_cache_bytes=pages * PAGE_SIZE * row * dtype.itemsize
-            ),
-            scheduler=SchedulerConfig(max_num_seqs=load.batch),
-        )
-        server = Server(config, model=model)
-        graphs = isinstance(server.engine.runner, CudaGraphRunner) and server.engine.runner.steps
-
-        def generate(tokens: int) -> None:
-            sampling = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-            server.mailbox.submit(
-                [
-                    EngineRequest(
-                        f"r{next(numbers)}", "t", None, None, tuple(prompt), sampling, math.inf
-                    )
-                    for prompt in prompts
-                ]
-            )
-            server.engine.step()
-            while server.engine.has_work:
-                server.engine.step()
-
-        try:
-            return "engine, graphs" if graphs else "engine", step_ms_of(generate, device)
-        finally:
-            server.engine.close(EngineDead("measured"))
-            server.close()
-
-
-def _vllm(
-    name: str,
-    module: Any,
-    geometry: Geometry,
-    loads: Sequence[Load],
-    speed: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[Result]:
-    """vLLM on the same random weights, the base model alone; it serves no prefixes."""
-    if device.type != "cuda":
-        return []
-    try:
-        from vllm import LLM
-        from vllm import SamplingParams as Sampling
-    except ImportError:
-        return []
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        module.save_pretrained(folder)
-        engine = LLM(folder, skip_tokenizer_init=True, gpu_memory_utilization=0.4)
-        for load in (load for load in loads if not load.prefix):
-            prompts = torch.randint(0, geometry.vocab, (load.batch, load.context)).tolist()
-            inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-
-            def run(tokens: int) -> None:
-                sampling = Sampling(
-                    temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
-                )
-                engine.generate(inputs, sampling)  # noqa: B023
-
-            step_ms = step_ms_of(run, device)
-            floor = floor_bytes(module, geometry, load, dtype) / speed * 1e3
-            results.append(Result(name, "vLLM", load, step_ms, floor, load.batch / step_ms * 1e3))
-    return results
 
 
 def _free(device: torch.device) -> None:
