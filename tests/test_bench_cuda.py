@@ -1,4 +1,4 @@
-"""bench/cuda.py on a toy model on the CPU: that it runs, and what it counts."""
+"""bench/cuda_steps.py on a toy model on the CPU: that it runs, and what it counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench" / "cuda.py"
+BENCH = Path(__file__).parents[1] / "bench" / "cuda_steps.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def bench() -> Iterator[ModuleType]:
         patch.syspath_prepend(str(BENCH.parent))
         spec.loader.exec_module(module)
     yield module
-    del sys.modules[spec.name], sys.modules["whole_runs"]
+    del sys.modules[spec.name], sys.modules["cuda_whole"]
 
 
 def test_a_tiny_run_writes_its_table_and_its_json(bench: ModuleType, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A CUDA device: right first, then how near its memory's speed. ``python bench/cuda.py``
+"""A CUDA device: right first, then how near its memory's speed. ``python bench/cuda_steps.py``
 
 Decode is bound by memory: a step must read all weights once and the KV of its sequences. Those
 bytes over the speed of a large copy, measured here, is about the least a step can take (reading
@@ -7,6 +7,8 @@ random, so nothing is downloaded; the geometries are those of Llama 3. ``engine`
 engine, with scheduling, sampling and the hand-over of tokens. Peers are transformers' ``generate``
 on the same module and, where it is installed, vLLM. These three have no steps to time: a step is
 what 64 more tokens take, over 64.
+
+Not ``cuda.py``: scripts here have this folder on their path, and torch imports NVIDIA's ``cuda``.
 
 ``--tiny --device cpu`` runs all of it on a toy model, to see that the script works.
 """
@@ -25,10 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from cuda_whole import engine_ms, generate_ms, synchronize, vllm_ms
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
-from whole_runs import engine_ms, generate_ms, synchronize, vllm_ms
 
 from prefixd_server.attention import create_backend, interface
 from prefixd_server.engine.cuda_graphs import CudaGraphRunner, bucket_sizes
@@ -372,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = markdown(title, results)
     print(table)
     if not options.results.exists():
-        options.results.write_text("# Results of bench/cuda.py, newest last\n")
+        options.results.write_text("# Results of bench/cuda_steps.py, newest last\n")
     with options.results.open("a") as file:
         file.write(table)
     if options.json is not None:

@@ -1,4 +1,4 @@
-"""What ``cuda.py`` measures as a whole: prefixd's engine, transformers' ``generate``, and vLLM.
+"""What ``cuda_steps.py`` measures as a whole: the engine, transformers' ``generate``, and vLLM.
 
 There is no step to time, so a step is what 64 more tokens take, over 64.
 """
