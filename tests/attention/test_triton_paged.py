@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,7 +17,14 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
-from prefixd_server.attention import CrossSpan, DecodePlan, LayerOptions, create_backend, work  # noqa: E402
+from prefixd_server.attention import (  # noqa: E402
+    CrossSpan,
+    DecodePlan,
+    LayerOptions,
+    create_backend,
+    triton_paged,
+    work,
+)
 from prefixd_server.attention.sdpa import SDPABackend  # noqa: E402
 from tests.attention.test_sdpa import (  # noqa: E402
     LAYER,
@@ -144,7 +152,6 @@ def test_a_decode_plan_serves_step_after_step_from_one_place(
     step = make_step(case, Heads(2, 3, 8))
     plan = create_backend("triton", step.pool).decode_plan(rows, grouped=grouped)
     assert plan is not None
-    create_backend("triton", step.pool).check()
     # What a capture does first: a step of nobody.
     spans, step.spans = step.spans, []
     before = [tensor.clone() for tensor in (step.pool.keys[LAYER], step.pool.values[LAYER])]
@@ -177,6 +184,33 @@ def test_a_plan_says_when_page_lists_do_not_fit() -> None:
     assert plan.fits(step.spans * 2)
     assert not plan.fits(step.spans * 64), "sixty-four that share all pages list each of them"
     assert not plan.fits(step.spans * 65)
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_the_check_leaves_the_pool_alone_and_knows_a_wrong_kernel(page_size: int) -> None:
+    step = make_step(Case(page_size, [], [Spec(None, 3, 1)], seed=1), Heads(2, 1, 24))
+    backend = create_backend("triton", step.pool)
+    before = [tensor.clone() for tensor in step.pool.keys + step.pool.values]
+    backend.check()
+    for old, new in zip(before, step.pool.keys + step.pool.values, strict=True):
+        assert torch.equal(old, new)
+    make_work = triton_paged.make_work
+
+    def without_the_last_key(*args: Any, **kwargs: Any) -> work.Work:
+        made = make_work(*args, **kwargs)
+        for launch in made.launches:
+            launch.blocks[:, 6] -= 1
+        return made
+
+    def nan(work: Any, pool: Any, layer: int, query: Tensor, options: LayerOptions) -> Tensor:
+        return torch.full_like(query, math.nan)
+
+    for name, wrong in (("make_work", without_the_last_key), ("_attend", nan)):
+        with (
+            patch.object(triton_paged, name, wrong),
+            pytest.raises(RuntimeError, match="relative error"),
+        ):
+            backend.check()
 
 
 def _cosines(relative: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixd_server.attention import CrossSpan, LayerOptions, SequenceSpan, work
+from prefixd_server.attention.base import Span
 from prefixd_server.attention.work import Shape, Work, grouping_pays, make_work, new_slots
+from prefixd_server.kv.allocator import pages_for
 from prefixd_server.kv.pool import slots_of
+from tests.attention import work_oracle
 from tests.attention.test_sdpa import LAYER, Case, Heads, Spec, Step, cases, dense, heads
 
 Array = npt.NDArray[np.float64]
@@ -89,6 +92,46 @@ def test_work_is_dense_attention_cut_up(
     wanted = dense(step, step.pool.keys[LAYER], step.pool.values[LAYER], options)
     found = attend_by_hand(step, made, options.scaling)
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-9)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[Span], Shape, int | None]:
+    """Spans of a few prefixes, all decoders' or all cross-attention's; ``rows`` for decodes."""
+    rows = draw(st.sampled_from([None, None, 32]))
+    lengths = st.integers(1, 1) if rows else st.sampled_from([1, 1, 1, 2, 17, 40])
+    prefixes = [(0, 0), *((100 * i, draw(st.integers(1, 30))) for i in range(1, 4))]
+    cross, spans = draw(st.booleans()), list[Span]()
+    for i in range(draw(st.integers(1, 24))):
+        first, length = draw(st.sampled_from(prefixes))
+        count, context = draw(lengths), draw(st.integers(0, 30))
+        own = range(1000 * (i + 1), 1000 * (i + 1) + 80)
+        prefix = range(first, first + pages_for(length, 4)) if length else ()
+        if cross:
+            spans.append(CrossSpan(count, context + 1, own, False, prefix, length))
+        else:
+            spans.append(SequenceSpan(count, context, own, prefix, length))
+    heads_per_kv, programs = draw(st.sampled_from([1, 3, 4, 20])), draw(st.integers(1, 64))
+    return spans, Shape(4, draw(st.sampled_from([1, 2])), heads_per_kv, programs), rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(step=steps(), grouped=st.booleans(), saved=st.sampled_from([1, 30, 10**9]))
+def test_the_work_of_a_step_is_that_of_its_spans_one_by_one(
+    step: tuple[list[Span], Shape, int | None], grouped: bool, saved: int
+) -> None:
+    spans, shape, rows = step
+    with patch.multiple(work, _KEYS_SAVED=saved, _KEYS_PER_SPLIT=8):
+        found = make_work(spans, shape, grouped=grouped, rows=rows)
+        wanted = work_oracle.make_work(spans, shape, grouped=grouped, rows=rows)
+    assert len(found.launches) == len(wanted.launches)
+    for mine, theirs in zip(found.launches, wanted.launches, strict=True):
+        assert mine[2:] == theirs[2:]
+        for field in ("blocks", "queries"):
+            assert getattr(mine, field).dtype == np.int32
+            np.testing.assert_array_equal(getattr(mine, field), getattr(theirs, field))
+    for field in ("pages", "num_parts"):
+        assert getattr(found, field).dtype == np.int32
+        np.testing.assert_array_equal(getattr(found, field), getattr(wanted, field))
 
 
 @settings(max_examples=60, deadline=None)

@@ -79,6 +79,13 @@ class RuleRunner:
         self.num_computed = 0
         self.seeds = {version.key: seed for seed, version in enumerate(world.versions)}
         self.num_steps = 0
+        self.failure: Exception = RuntimeError("the forward failed, as the test asked")
+        self.broken: Exception | None = None
+        """what the device says to every call from now on"""
+
+    def check(self) -> None:
+        if self.broken is not None:
+            raise self.broken
 
     def run(self, step: Seq[Scheduled]) -> StepLogits:
         self.num_steps += 1
@@ -91,7 +98,7 @@ class RuleRunner:
         for sequence, count in step:
             self._assert_holds_tokens(sequence, sequence.num_computed + count)
         if any(sequence.prompt_token_ids[0] == BOOM for sequence, _ in step):
-            raise RuntimeError("the forward failed, as the test asked")
+            raise self.failure
         ready = [
             sequence
             for sequence, count in step

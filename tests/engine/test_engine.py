@@ -256,6 +256,37 @@ def test_a_forward_that_raises_fails_only_the_requests_of_that_step(rig: Rig) ->
     rig.assert_empty()
 
 
+def test_a_step_that_finds_no_memory_leaves_the_server_running(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, asynchronous=True)
+    rig.runner.failure = torch.OutOfMemoryError("CUDA out of memory")
+    broken = rig.submit([BOOM, 1])
+    rig.step()
+    assert isinstance(rig.error(broken), StepFailed)
+    later = rig.submit(PROMPT)
+    rig.finish_all()
+    assert rig.tokens(later) == rig.expected(later)
+    rig.assert_empty()
+
+
+@pytest.mark.parametrize("by_load", [False, True])
+def test_a_device_that_is_broken_ends_the_engine(tmp_path: Path, by_load: bool) -> None:
+    """Whether a step or a copy of a prefix found it: its requests may go to another replica."""
+    rig = Rig(tmp_path, asynchronous=True)
+    if by_load:
+        rig.world.store.errors[rig.world.versions[0].sha256] = Unavailable("AcceleratorError")
+        request_id = rig.submit(PROMPT, "t0")
+        rig.step()
+        rig.world.settle_jobs()
+    else:
+        request_id = rig.submit([BOOM, 1])
+    rig.runner.broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        rig.step()
+    rig.engine.close(EngineDead("the engine has stopped"))
+    assert isinstance(rig.error(request_id), EngineDead)
+    assert rig.world.allocator.num_used == 0
+
+
 def test_logits_that_are_not_finite_fail_only_their_request(rig: Rig) -> None:
     broken, beside = rig.submit([NAN, 1]), rig.submit(PROMPT)
     rig.finish_all()

@@ -11,7 +11,7 @@ import pytest
 
 from prefixd_server.engine.thread import EngineThread
 from prefixd_server.errors import EngineDead
-from tests.engine.engine_rig import Rig
+from tests.engine.engine_rig import BOOM, Rig
 
 PROMPT = (1, 2, 3)
 PATIENCE_S = 60.0
@@ -148,6 +148,17 @@ def test_a_death_is_told_and_ends_every_request(
     with pytest.raises(EngineDead):
         threaded.rig.submit(PROMPT)
     assert threaded.rig.world.allocator.num_used == 0
+
+
+def test_a_broken_device_is_the_engines_death(threaded: Threaded) -> None:
+    """Else it would fail step after step while health checks send it requests."""
+    threaded.rig.runner.broken = RuntimeError("CUDA error: an illegal memory access")
+    request_id = submit(threaded, (BOOM, 1))
+    threaded.thread.start()
+    threaded.wait_for(request_id)
+    threaded.thread.stop()
+    assert isinstance(threaded.rig.error(request_id), EngineDead)
+    assert threaded.deaths == [None]
 
 
 def test_a_thread_that_never_started_can_be_stopped(threaded: Threaded) -> None:

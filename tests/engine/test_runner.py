@@ -288,3 +288,16 @@ def test_captured_kv_is_the_dense_models_cache(models: Models) -> None:
         torch.testing.assert_close(key[layer], cached.keys[0], atol=TOLERANCE, rtol=TOLERANCE)
         torch.testing.assert_close(value[layer], cached.values[0], atol=TOLERANCE, rtol=TOLERANCE)
     assert loop.num_logit_rows == [0, 0, 0]
+
+
+def test_only_a_device_beside_the_host_is_asked_how_it_is(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    backend = Loop(models).runner.backend
+    ModelRunner(models.served, backend, CPU).check()
+    with pytest.raises(RuntimeError, match="illegal"):
+        ModelRunner(models.served, backend, torch.device("cuda")).check()

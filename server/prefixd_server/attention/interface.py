@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from prefixd_server.attention.base import LayerOptions, StepPlan
 
 __all__ = ["IMPLEMENTATION", "PlanNotPassed", "carry_plan_on_mask", "register"]
 
 IMPLEMENTATION = "prefixd"
-"""the name to load a model with: ``attn_implementation=IMPLEMENTATION``"""
+"""the name to load a model with: ``attn_implementation=IMPLEMENTATION``. There is no mask function
+of that name, so transformers makes no masks, nor looks at the positions for packed sequences, for
+which a device is waited for: the plan knows who sees whom."""
 
 
 class PlanNotPassed(TypeError):
@@ -63,10 +64,6 @@ def _attention(
     return output.unsqueeze(0), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The plan knows who sees whom; transformers need not build a mask over the packed step."""
-
-
 def carry_plan_on_mask(module: nn.Module) -> None:
     """Have every later ``module(..., attention_plan=plan)`` take the plan along on its mask."""
 
@@ -85,4 +82,3 @@ def carry_plan_on_mask(module: nn.Module) -> None:
 
 def register() -> None:
     AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

@@ -29,6 +29,7 @@ from prefixd_server.attention.base import (
     StepPlan,
 )
 from prefixd_server.attention.sdpa import SDPABackend
+from prefixd_server.attention.selfcheck import check_backend
 from prefixd_server.attention.triton_kernels import attend_kernel, merge_kernel, store_kernel
 from prefixd_server.attention.work import Int32, Shape, Work, grouping_pays, make_work, new_slots
 from prefixd_server.kv.allocator import pages_for
@@ -64,15 +65,11 @@ class TritonBackend(AttentionBackend):
         self._min_programs = processors * _PROGRAMS_PER_PROCESSOR
 
     def check(self) -> None:
-        """Compile and launch the kernels once, on nothing. Raises what Triton does where it cannot:
-        it needs a C compiler, Python's headers and a device that it knows."""
-        plan = self.decode_plan(1, grouped=True)
-        if plan is not None:
-            pool = self.pool
-            shape = (1, self.num_kv_heads, self.head_dim)
-            nothing = torch.zeros(shape, dtype=pool.dtype, device=pool.device)
-            plan.fill(())
-            plan.attend(0, nothing, nothing, nothing, LayerOptions(1.0))
+        """Run a few tokens through the kernels. Raises what Triton does where it cannot compile (it
+        needs a C compiler, Python's headers and a device that it knows), and RuntimeError where
+        they do not give what the reference gives."""
+        if self.usable:
+            check_backend(TritonBackend, self.pool)
 
     def plan(self, spans: Sequence[Span]) -> StepPlan:
         return _Plan(self, spans) if self.usable else self.reference.plan(spans)

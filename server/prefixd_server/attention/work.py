@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +32,7 @@ from prefixd_server.kv.allocator import pages_for
 __all__ = ["Int32", "Launch", "Shape", "Work", "grouping_pays", "make_work", "new_slots"]
 
 Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
 
 _BLOCK_FIELDS = 8
 """first query, queries, prefix table, own table, prefix_len, first key, end of keys, unused"""
@@ -89,16 +89,15 @@ class Work:
 
 def new_slots(spans: Iterable[Span], page_size: int) -> Int32:
     """The slots of the tokens whose KV comes with this step, [T]."""
-    found = []
+    found: list[int] = []
     for span in spans:
-        if span.num_keys - span.first_new == 1:
-            page = span.pages[span.first_new // page_size]
-            found.append(np.array([page * page_size + span.first_new % page_size], np.int32))
+        pages, first = span.pages, span.first_new
+        if span.num_keys - first == 1:
+            found.append(pages[first // page_size] * page_size + first % page_size)
             continue
-        token = np.arange(span.first_new, span.num_keys, dtype=np.int32)
-        pages = np.asarray(span.pages, np.int32)
-        found.append(pages[token // page_size] * page_size + token % page_size)
-    return np.concatenate(found) if found else np.empty(0, np.int32)
+        token = np.arange(first, span.num_keys)
+        found += (np.asarray(pages)[token // page_size] * page_size + token % page_size).tolist()
+    return np.array(found, np.int32)
 
 
 def grouping_pays(spans: Sequence[Span]) -> bool:
@@ -112,35 +111,46 @@ def make_work(
 
     Then splits depend on ``rows`` alone, so that work of any step fits the same graph.
     """
-    tables = _Tables(shape.page_size)
     groups = _groups(spans) if grouped else []
-    apart = {i for members in groups for i in members}
-    starts = np.cumsum([0, *(span.query_len for span in spans)])
-    one, many = _Blocks(_rows(_NARROW, shape)), _Blocks(_rows(_WIDE, shape))
-    for i, span in enumerate(spans):
-        blocks = one if span.query_len == 1 else many
-        first_key = span.prefix_len if i in apart else 0
-        blocks.add(span, starts[i], tables.of(span), first_key, shape)
-    for row in range(len(spans), rows or 0):
-        one.add_nothing(row)
-    prefixes = _Blocks(_rows(_WIDE, shape))
+    columns = _Columns(spans, shape.page_size)
+    apart = np.zeros(len(spans), bool)
     for members in groups:
-        prefixes.add_group([spans[i] for i in members], starts[members], tables, shape)
+        apart[members] = True
 
-    own = max(one, many, key=len)
-    splits = _splits(len(own), None if rows else max(one.longest, many.longest), shape)
-    launches = [blocks.launch(splits, 0) for blocks in (one, many) if len(blocks)]
-    num_parts = np.full(rows or starts[-1], splits, np.int32)
+    count, last, keys = columns.count, columns.last, columns.keys(apart)
+    token = np.arange(len(last))
+    if rows:
+        # Rows that nobody has: a packed token each, which sees nothing and comes out as zero.
+        empty = rows - len(spans)
+        token = np.arange(rows)
+        last = np.concatenate([last, np.full(empty, -1)])
+        count = np.concatenate([count, np.ones(empty, np.int64)])
+        keys = np.concatenate([keys, np.zeros((empty, keys.shape[1]), np.int64)])
+    one, many = _rows(_NARROW, shape), _rows(_WIDE, shape)
+    if len(token) == len(count):
+        found = [_Blocks.of(token, last, count, keys, one, shape)]
+    else:
+        single = count == 1
+        of_single = np.repeat(single, count)
+        found = [
+            _Blocks.of(token[of_them], last[of_them], count[them], keys[them], block_m, shape)
+            for block_m, them, of_them in ((one, single, of_single), (many, ~single, ~of_single))
+            if them.any()
+        ]
+    longest = None if rows else max(blocks.longest for blocks in found)
+    splits = _splits(max(map(len, found)), longest, shape)
+    launches = [blocks.launch(splits, 0) for blocks in found]
+    num_parts = np.full(len(token), splits, np.int32)
     if groups or (grouped and rows):
+        prefixes = columns.prefixes(groups, many, shape)
         # A graph is captured for the fewest blocks that its rows may come in: one group of all.
         fewest = -(-rows * shape.heads_per_kv // prefixes.block_m) if rows else len(prefixes)
         prefix_splits = _splits(fewest, None if rows else prefixes.longest, shape)
         launches.append(prefixes.launch(prefix_splits, splits))
-        for i in apart:
-            num_parts[starts[i] : starts[i + 1]] += prefix_splits
+        num_parts[: len(columns.last)][np.repeat(apart, columns.count)] += prefix_splits
     if rows:
         launches = [launch.padded(rows, rows) for launch in launches]
-    return Work(launches, tables.flat(), num_parts)
+    return Work(launches, columns.pages, num_parts)
 
 
 def _groups(spans: Sequence[Span]) -> list[list[int]]:
@@ -160,94 +170,96 @@ def _rows(least: int, shape: Shape) -> int:
     return max(least, 1 << (shape.heads_per_kv - 1).bit_length())
 
 
-class _Tables:
-    """All page lists of a step, flat; a prefix's once."""
+class _Columns:
+    """The spans of a step as arrays, and all their page lists, a prefix's once. A span costs the
+    host a few lookups: what is left is numpy's, whose calls do not grow with the batch."""
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
-        self._lists: list[Sequence[int]] = []
-        self._end = 0
-        self._prefixes: dict[int, int] = {}
+    def __init__(self, spans: Sequence[Span], page_size: int) -> None:
+        size = len(spans)
+        self.count = np.fromiter((span.query_len for span in spans), np.int64, size)
+        self.prefix_len = np.fromiter((span.prefix_len for span in spans), np.int64, size)
+        num_keys = [span.num_keys for span in spans]
+        self.end = self.prefix_len + np.array(num_keys, np.int64)
+        self.start = np.cumsum(self.count) - self.count
+        """the first packed token of each"""
+        causal = np.fromiter((isinstance(span, SequenceSpan) for span in spans), bool, size)
+        before_end = np.repeat(self.start + self.count, self.count) - 1
+        before_end -= np.arange(len(before_end))
+        self.last = np.repeat(self.end - 1, self.count) - before_end * np.repeat(causal, self.count)
+        """the last key that each packed token sees"""
 
-    def of(self, span: Span) -> tuple[int, int]:
-        """Where the span's prefix pages and its own begin."""
-        own = self._add(span.pages[: pages_for(span.num_keys, self._page_size)])
-        return self.prefix(span), own
+        flat: list[int] = []
+        self._own, self._prefix = [], []
+        prefixes: dict[int, int] = {}
+        for span, keys in zip(spans, num_keys, strict=True):
+            self._own.append(len(flat))
+            flat += span.pages[: pages_for(keys, page_size)]
+            if not span.prefix_len:
+                self._prefix.append(0)
+                continue
+            first = span.prefix_pages[0]
+            if first not in prefixes:
+                prefixes[first] = len(flat)
+                flat += span.prefix_pages
+            self._prefix.append(prefixes[first])
+        self.pages = np.array(flat, np.int32)
 
-    def prefix(self, span: Span) -> int:
-        if not span.prefix_len:
-            return 0
-        first = span.prefix_pages[0]
-        if first not in self._prefixes:
-            self._prefixes[first] = self._add(span.prefix_pages)
-        return self._prefixes[first]
+    def keys(self, apart: npt.NDArray[np.bool_]) -> Int64:
+        """[S, 5]: the fields of a block that tell its keys. Those ``apart`` leave out their prefix,
+        which their group reads."""
+        first = self.prefix_len * apart
+        return np.array([self._prefix, self._own, self.prefix_len, first, self.end], np.int64).T
 
-    def _add(self, pages: Sequence[int]) -> int:
-        start, self._end = self._end, self._end + len(pages)
-        self._lists.append(pages)
-        return start
+    def prefixes(self, groups: list[list[int]], block_m: int, shape: Shape) -> _Blocks:
+        """The queries of all that share a prefix, over its keys; each sees all of them."""
+        members = np.array([i for group in groups for i in group], np.int64)
+        each = self.count[members]
+        token = np.repeat(self.start[members], each) + _steps(each)
+        first = np.array([group[0] for group in groups], np.int64)
+        count = np.array([self.count[group].sum() for group in groups], np.int64)
+        length, nothing = self.prefix_len[first], np.zeros(len(groups), np.int64)
+        table = np.array([self._prefix[i] for i in first], np.int64)
+        keys = np.stack([table, nothing, length, nothing, length], 1)
+        return _Blocks.of(token, np.repeat(length - 1, count), count, keys, block_m, shape)
 
-    def flat(self) -> Int32:
-        return np.fromiter(chain.from_iterable(self._lists), np.int32, self._end)
 
-
+@dataclass(frozen=True)
 class _Blocks:
-    """Blocks of one launch as they are collected."""
+    """Blocks of one launch."""
 
-    def __init__(self, block_m: int) -> None:
-        self.block_m = block_m
-        self.longest = 0
-        self._blocks: list[tuple[int, ...]] = []
-        self._queries: list[Int32] = []
-        self._num_queries = 0
+    blocks: Int32
+    queries: Int32
+    block_m: int
+    longest: int
+    """the most keys that one has"""
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self.blocks)
 
-    def add(
-        self, span: Span, start: int, tables: tuple[int, int], first_key: int, shape: Shape
-    ) -> None:
-        """A sequence's queries, the packed tokens from ``start`` on."""
-        end = span.prefix_len + span.num_keys
-        last = np.full(span.query_len, end - 1, np.int32)
-        if isinstance(span, SequenceSpan):
-            last -= np.arange(span.query_len - 1, -1, -1, dtype=np.int32)
-        tokens = np.arange(start, start + span.query_len, dtype=np.int32)
-        self._add(tokens, last, shape, (*tables, span.prefix_len, first_key, end, 0))
-
-    def add_group(
-        self, spans: Sequence[Span], starts: Iterable[int], tables: _Tables, shape: Shape
-    ) -> None:
-        """The queries of all that share a prefix, over its keys; each sees all of them."""
-        tokens = np.concatenate(
-            [
-                np.arange(start, start + span.query_len, dtype=np.int32)
-                for span, start in zip(spans, starts, strict=True)
-            ]
-        )
-        length = spans[0].prefix_len
-        last = np.full(len(tokens), length - 1, np.int32)
-        self._add(tokens, last, shape, (tables.prefix(spans[0]), 0, length, 0, length, 0))
-
-    def add_nothing(self, token: int) -> None:
-        """A packed token that sees nothing and whose output is zero."""
-        self._blocks.append((self._num_queries, 1, 0, 0, 0, 0, 0, 0))
-        self._queries.append(np.array([[token, -1]], np.int32))
-        self._num_queries += 1
-
-    def _add(self, tokens: Int32, last: Int32, shape: Shape, keys: tuple[int, ...]) -> None:
-        self.longest = max(self.longest, keys[4] - keys[3])
-        each = self.block_m // shape.heads_per_kv
-        for begin in range(0, len(tokens), each):
-            count = min(each, len(tokens) - begin)
-            self._blocks.append((self._num_queries + begin, count, *keys))
-        self._queries.append(np.stack([tokens, last], 1))
-        self._num_queries += len(tokens)
+    @classmethod
+    def of(
+        cls, token: Int64, last: Int64, count: Int64, keys: Int64, block_m: int, shape: Shape
+    ) -> _Blocks:
+        """Cut N runs of ``count`` queries each, ``token`` and ``last`` [sum(count)], into blocks;
+        keys [N, 5] as :meth:`_Columns.keys` gives them."""
+        most = block_m // shape.heads_per_kv
+        pieces = -(-count // most)
+        begin = _steps(pieces) * most
+        blocks = np.zeros((len(begin), _BLOCK_FIELDS), np.int32)
+        blocks[:, 0] = np.repeat(np.cumsum(count) - count, pieces) + begin
+        blocks[:, 1] = np.minimum(np.repeat(count, pieces) - begin, most)
+        blocks[:, 2:7] = np.repeat(keys, pieces, axis=0)
+        longest = int((keys[:, 4] - keys[:, 3]).max(initial=0))
+        return cls(blocks, np.stack([token, last], 1).astype(np.int32), block_m, longest)
 
     def launch(self, splits: int, first_part: int) -> Launch:
-        blocks = np.array(self._blocks, np.int32).reshape(-1, _BLOCK_FIELDS)
-        queries = np.concatenate([np.empty((0, 2), np.int32), *self._queries])
-        return Launch(blocks, queries, self.block_m, splits, first_part)
+        return Launch(self.blocks, self.queries, self.block_m, splits, first_part)
+
+
+def _steps(counts: Int64) -> Int64:
+    """0 … n-1 for each n of ``counts``, joined."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
 def _splits(num_blocks: int, longest: int | None, shape: Shape) -> int:

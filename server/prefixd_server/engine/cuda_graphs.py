@@ -64,19 +64,22 @@ class DecodeStep:
         self._graph.replay()
         return self._output
 
-    def capture(self, memory: Any) -> None:
-        """``memory``: a ``graph_pool_handle``. Raises what the module does if it cannot be."""
+    def capture(self, memory: Any, stream: torch.cuda.Stream) -> None:
+        """``memory``: a ``graph_pool_handle``. ``stream``: one for all graphs, since each that a
+        matrix product ran on keeps a workspace of 8 MiB and more.
+
+        Raises what the module does if it cannot be captured, maybe on ``stream`` still.
+        """
         self._plan.fill(())
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             # Compiles kernels and lets libraries allocate, neither of which a capture may do.
             self._compute()
             self._compute()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Loader threads may copy a prefix meanwhile.
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             self._output = self._compute()
         self._graph = graph
 
@@ -111,20 +114,34 @@ class CudaGraphRunner(ModelRunner):
     def capture(self, sizes: Seq[int] | None = None) -> None:
         """``sizes``: of batches, powers of two, descending; default: all that can come.
 
-        Largest first, since smaller ones fit into the memory that they leave.
+        Largest first, since smaller ones fit into the memory that they leave. After one that fails,
+        ``steps`` holds those before it, and what else comes is run as without graphs. Raises only
+        where the device is broken.
         """
         self.make_steps(sizes or bucket_sizes(self._max_num_seqs))
-        memory = torch.cuda.graph_pool_handle()
+        memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        before = torch.cuda.current_stream()
+        captured: dict[tuple[int, bool], DecodeStep] = {}
         try:
-            for step in self.steps.values():
-                step.capture(memory)
+            for key, step in self.steps.items():
+                step.capture(memory, stream)
+                captured[key] = step
         except Exception as error:
+            # Where it fails to end a capture, torch does not leave the stream either.
+            torch.cuda.set_stream(before)
+            self.check()
             # A family may look at its values, or run experts by what they are.
             reason = " ".join(str(error).split())[:200]
-            log.warning("decode runs without CUDA graphs: %s: %s", type(error).__name__, reason)
-            self.steps.clear()
+            log.warning(
+                "decode runs without CUDA graphs but for %d of %d: %s: %s",
+                len(captured),
+                len(self.steps),
+                type(error).__name__,
+                reason,
+            )
         else:
-            log.info("captured %d CUDA graphs", len(self.steps))
+            log.info("captured %d CUDA graphs", len(captured))
+        self.steps = captured
 
     def make_steps(self, sizes: Seq[int]) -> None:
         for rows in sizes:
@@ -133,6 +150,10 @@ class CudaGraphRunner(ModelRunner):
                 if plan is not None:
                     step = DecodeStep(self.module, plan, rows, self.device)
                     self.steps[rows, grouped] = step
+
+    def replays(self, step: Seq[Scheduled]) -> bool:
+        """Whether a step of decodes is one that ``steps`` has a place for."""
+        return self._step_for([span_of(item) for item in step]) is not None
 
     def _logits(self, step: Seq[Scheduled], keep: list[int]) -> Tensor:
         # All rows are sampled from, so `keep` is each sequence's one token.

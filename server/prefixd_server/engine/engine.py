@@ -83,10 +83,14 @@ class Engine:
         """Run one step and deliver its outputs.
 
         Returns False if there was nothing to run (all sequences, if any, wait for their prefix).
+        Raises only where the device computes nothing any more, or for a bug outside the model.
         """
         self._receive()
         self._expire()
         step = self.scheduler.schedule()
+        if step.failed:
+            # A load fails by the device too; without steps nothing else would tell.
+            self.runner.check()
         for sequence, error in step.failed:
             self._finish(sequence, Finish(FinishReason.ERROR, error))
         if step.scheduled:
@@ -183,6 +187,8 @@ class Engine:
         except Exception:
             # One broken step must not end the server: its requests fail, the others go on.
             log.exception("a step of %d sequences failed", len(step.scheduled))
+            # After a broken device nothing goes on: what this raises ends the engine.
+            self.runner.check()
             for sequence, _ in step.scheduled:
                 self.scheduler.prompt_cache.drop(sequence)
                 error = StepFailed("the model failed to run this request's step")

@@ -37,6 +37,12 @@ class ModelRunner:
         """``run`` returns while the device still computes."""
         return self.device.type == "cuda"
 
+    def check(self) -> None:
+        """After a failure: raises where the device will compute nothing more. CUDA says so to every
+        call after an illegal access; a lack of memory passes."""
+        if self.asynchronous:
+            torch.cuda.synchronize(self.device)
+
     @torch.inference_mode()
     def run(self, step: Seq[Scheduled]) -> StepLogits:
         rows = _LogitRows(step)

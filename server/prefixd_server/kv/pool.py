@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from prefixd_server.kv.transfer import copy_rows_aside
+from prefixd_server.kv.transfer import copy_rows_aside, to_device
 
 __all__ = ["TORCH_DTYPES", "KVPool", "slots_of"]
 
@@ -90,15 +90,12 @@ class KVPool:
         thread: the pages were reserved for this copy, and it is complete when the call returns.
         """
         slots = torch.from_numpy(slots_of(pages, key.shape[2], self.page_size))
-        for pool, layers, array in (
-            (self._keys, self.keys, key),
-            (self._values, self.values, value),
-        ):
+        for pool, array in ((self._keys, key), (self._values, value)):
             if self._aside is None:
                 self._write_pages(pool, pages, _converted(array, dtype, self.dtype))
             else:
-                source = list(_as_tensor(array, dtype))
-                copy_rows_aside(source, layers[: len(source)], slots, self._aside)
+                source = _as_tensor(array, dtype)
+                copy_rows_aside(source, pool[: len(source)], slots, self._aside)
 
     def _write_pages(self, pool: Tensor, pages: Sequence[int], source: Tensor) -> None:
         """In numpy, which lets go of the interpreter's lock as torch does and, unlike torch, starts
@@ -114,7 +111,9 @@ class KVPool:
         """Copy pages in all layers, each (from, to); no page is in both places."""
         within = torch.arange(self.page_size)
         source, target = (
-            (torch.tensor(pages)[:, None] * self.page_size + within).view(-1).to(self.device)
+            to_device(
+                (torch.tensor(pages)[:, None] * self.page_size + within).view(-1), self.device
+            )
             for pages in zip(*copies, strict=True)
         )
         for layer in (*self.keys, *self.values):

@@ -16,6 +16,9 @@ from torch import Tensor
 
 __all__ = ["copy_rows_aside", "stage", "to_device"]
 
+_COPIED_AT_ONCE = 64 << 20
+"""bytes of a prefix in pinned memory and in passing on the device: most come in one copy"""
+
 
 def stage(values: Sequence[int] | npt.NDArray[np.generic] | Tensor, device: torch.device) -> Tensor:
     """``values`` in host memory that ``device`` can read by itself; integers become int64."""
@@ -31,24 +34,29 @@ def to_device(
 
 
 def copy_rows_aside(
-    sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Tensor, stream: torch.cuda.Stream
+    source: Tensor, target: Tensor, slots: Tensor, stream: torch.cuda.Stream
 ) -> None:
-    """Write each source [H_kv, P, D], on the host, to ``slots`` [P] of its target [slots, H_kv, D].
+    """Write source [L, H_kv, P, D], on the host, to ``slots`` [P] of target [L, slots, H_kv, D].
 
     Runs on ``stream``, so the steps of the engine go on beside it, but after all that the engine
     has queued by now: a step that still runs may use pages that were given back to be used here.
-    Complete on return; only the calling thread waits.
+    Only the calling thread waits. Nothing is left on its way when the call ends, not even by an
+    error: the slots may then be another's at once.
     """
-    device = targets[0].device
+    device = target.device
+    layers = max(1, _COPIED_AT_ONCE // max(1, source[0].nbytes))
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.default_stream(device))
     with torch.cuda.stream(stream):
-        index = to_device(slots, device)
-        for source, target in zip(sources, targets, strict=True):
-            rows = to_device(source.contiguous(), device).to(target.dtype).transpose(0, 1)
-            target.index_copy_(0, index, rows)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(stream)
-    done.synchronize()
+        try:
+            index = to_device(slots, device)
+            for first in range(0, len(source), layers):
+                part = source[first : first + layers].contiguous()
+                rows = to_device(part, device).to(target.dtype).transpose(1, 2)
+                target[first : first + layers].index_copy_(1, index, rows)
+        finally:
+            done.record(stream)
+            done.synchronize()
 
 
 def _as_array(values: Sequence[int] | npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
