@@ -101,7 +101,7 @@ def _cpu() -> Iterator[Job]:
     yield from _trained(("prefix-direct-words",), (0, 1, 2), n=500)
     yield from (Job("prefix-mlp-words", n=500, length=length) for length in (1, 5, 20, 40))
     webnlg: dict[str, Any] = {"dataset": "webnlg", "num_test": 400}
-    methods = ("prefix-mlp-words", "peft-prefix", "peft-lora", "fine-tuning")
+    methods = ("prefix-mlp-words", "prefix-direct-words", "peft-prefix", "peft-lora", "fine-tuning")
     yield from _trained(methods, (0,), n=500, **webnlg)
     yield Job("zero-shot", n=0, **webnlg)
     yield Job("in-context", n=4, **webnlg)
