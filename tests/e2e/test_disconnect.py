@@ -51,9 +51,10 @@ def test_closing_the_connection_ends_the_request(
     of_prefix = live.used_pages()
     aborted, generated = metric(client, ABORTED), metric(client, GENERATED)
     connection = send(live, "e2e", stream=stream)
-    wait_until(lambda: metric(client, RUNNING) == 1)
-    assert live.used_pages() > of_prefix
-    assert client.task("e2e").requests_running == 1
+    # On a busy machine the request may end by itself before many questions are answered.
+    wait_until(lambda: client.task("e2e").requests_running == 1)
+    wait_until(lambda: live.used_pages() > of_prefix)
+    assert metric(client, RUNNING) == 1
     if stream:
         assert b"200 OK" in connection.recv(1000)
     connection.close()
