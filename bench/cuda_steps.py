@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from cuda_whole import engine_ms, generate_ms, synchronize, vllm_ms
+from cuda_whole import PAGE_SIZE, engine_ms, generate_ms, synchronize, vllm_ms
+from harness.geometry import GEOMETRIES, Geometry
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from prefixd_server.attention import create_backend, interface
 from prefixd_server.engine.cuda_graphs import CudaGraphRunner, bucket_sizes
@@ -42,37 +43,7 @@ from prefixd_server.kv.pool import KVPool
 from prefixd_server.prefix.entry import Lease
 from prefixd_server.types import EngineRequest, PrefixVersion, SamplingParams
 
-PAGE_SIZE = 16
 RESULTS = Path(__file__).with_name("RESULTS-cuda.md")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-
-    def config(self) -> LlamaConfig:
-        return LlamaConfig(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=8192,
-            rope_theta=500000.0,
-        )
-
-
-GEOMETRIES = {
-    "8b": Geometry(4096, 14336, 32, 32, 8, 128256),
-    "1b": Geometry(2048, 8192, 16, 32, 8, 128256),
-    "tiny": Geometry(64, 128, 2, 4, 2, 199),
-}
 
 
 @dataclass(frozen=True)

@@ -24,18 +24,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from harness.geometry import GEOMETRIES
 from harness.machine import describe
 from harness.report import RAW
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from prefixd_train.batching import IGNORED, Batch
 from prefixd_train.lm import FrozenLM, load_lm
 from prefixd_train.objective import negative_log_likelihood
 from prefixd_train.parameterise import PrefixParameters, make_prefix
 
-GEOMETRIES = {"360m": (960, 2560, 32, 15, 5, 49152), "1b": (2048, 8192, 16, 32, 8, 128256)}
-"""hidden and intermediate size, layers, heads, KV heads, vocabulary: SmolLM2's, Llama 3.2's"""
 CLEAR_REFS, PEAK = Path("/proc/self/clear_refs"), "5"
 
 
@@ -71,16 +70,7 @@ def random_model(options: argparse.Namespace, folder: Path) -> str:
     if options.model not in GEOMETRIES:
         return str(options.model)
     demo = load_lm("demo")
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = GEOMETRIES[options.model]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=True,
-    )
+    config = GEOMETRIES[options.model].config(tied=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     demo.tokenizer.save_pretrained(folder)
     return str(folder)

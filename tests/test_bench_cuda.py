@@ -21,12 +21,15 @@ def bench() -> Iterator[ModuleType]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    before = set(sys.modules)
     sys.modules[spec.name] = module  # dataclasses look their module up
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCH.parent))
         spec.loader.exec_module(module)
     yield module
-    del sys.modules[spec.name], sys.modules["cuda_whole"]
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in (spec.name, "cuda_whole", "harness"):
+            del sys.modules[name]
 
 
 def test_a_tiny_run_writes_its_table_and_its_json(bench: ModuleType, tmp_path: Path) -> None:
