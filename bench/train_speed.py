@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from harness.geometry import GEOMETRIES
 from harness.machine import describe
+from harness.memory import status_bytes
 from harness.report import RAW
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -182,16 +183,11 @@ def start_peak(device: torch.device) -> int:
     # What earlier runs freed is not yet the system's.
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR_REFS.write_text(PEAK)
-    return status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else status("VmHWM")
-
-
-def status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else status_bytes("VmHWM")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from harness.memory import status_bytes
 from prefixd import Client
 
 __all__ = ["Peer", "PeerFailed", "Served", "serve"]
@@ -37,9 +38,7 @@ class Served:
     @property
     def rss_bytes(self) -> int:
         """Memory of the process that is in RAM now."""
-        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("VmRSS"))
-        return int(line.split()[1]) * 1024
+        return status_bytes("VmRSS", self.pid)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
