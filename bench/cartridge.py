@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from harness.alternate import Case, Figures, take_turns
+from harness.engine_flags import UNGROUPED
 from harness.load import batch
 from harness.options import begin
 from harness.prefixes import fill_store, task_names
@@ -21,7 +22,6 @@ from harness.processes import Peer, Served, serve
 from harness.report import TOKENS_PER_S, Column, Report
 
 REQUESTS = 32
-UNGROUPED = "--ungrouped"
 MIB = 1 / 2**20
 
 

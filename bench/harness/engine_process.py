@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import peer  # isort: skip
 
 import typer
+from engine_flags import UNGROUPED
 from prompts import prompts
 
 from prefixd_server.attention.native import NativeBackend
@@ -23,8 +24,6 @@ from prefixd_server.config import Config
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.types import EngineRequest, Output, SamplingParams
 from prefixd_server.wiring import Server
-
-UNGROUPED = "--ungrouped"
 
 
 class Engine:
