@@ -39,10 +39,10 @@ class Validation:
     """share of the target tokens, 0 to 1"""
 
     def add(self, loss: float, step: int, accuracy: float | None = None) -> bool:
-        """Whether it is the best so far."""
-        if self.best_loss is None or (-(accuracy or 0), loss) < (
-            -(self.best_accuracy or 0),
-            self.best_loss,
+        """Whether it is the best so far; what is not finite never is."""
+        score = (-(accuracy or 0), loss)
+        if all(map(isfinite, score)) and (
+            self.best_loss is None or score < (-(self.best_accuracy or 0), self.best_loss)
         ):
             self.best_loss, self.best_step, self.without_better = loss, step, 0
             self.best_accuracy = accuracy

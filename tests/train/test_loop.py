@@ -170,6 +170,17 @@ def test_validation_counts() -> None:
     assert validation == Validation(9.0, 5, 0, best_accuracy=0.6)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("accuracy", [None, 0.5])
+def test_a_loss_that_is_no_number_is_never_the_best(bad: float, accuracy: float | None) -> None:
+    validation = Validation()
+    assert not validation.add(bad, 1, accuracy)
+    assert validation == Validation(without_better=1)
+    assert validation.add(7.0, 2, accuracy)
+    assert not validation.add(bad, 3, accuracy and 0.9)
+    assert validation == Validation(7.0, 2, 1, best_accuracy=accuracy)
+
+
 def test_the_most_accurate_prefix_is_kept(llama: FrozenLM, options: Options) -> None:
     """Tokens are counted one row at a time; the loss, which would choose otherwise, breaks ties."""
     losses = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
