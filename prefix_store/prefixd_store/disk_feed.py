@@ -37,23 +37,24 @@ class EventLog:
         self._tmp = tmp
         self._max_bytes = max_bytes
 
-    def ensure(self) -> None:
-        """Start the log if there is none, or none that can go on. Needs the store's lock."""
+    def ensure(self) -> int:
+        """Start the log if there is none, or none that can go on; the offset after its last
+        complete line. Needs the store's lock."""
         try:
             with self._path.open("rb") as log:
-                _complete_end(log)
+                return _complete_end(log)
         except (FileNotFoundError, NotLines):
-            self._start_generation()
+            return self._start_generation()
 
     def append(self, event: Event) -> None:
         """Needs the store's lock. Cuts off the torn last line of a writer that died."""
-        self.ensure()
-        if self._path.stat().st_size >= self._max_bytes:
-            self._start_generation()
+        end = self.ensure()
+        if end >= self._max_bytes:
+            end = self._start_generation()
         line = event.model_dump_json(exclude={"cursor"}).encode() + b"\n"
         with self._path.open("r+b", buffering=0) as log:
-            log.truncate(_complete_end(log))
-            log.seek(0, os.SEEK_END)
+            log.truncate(end)
+            log.seek(end)
             log.write(line)
 
     def read(self, after: str | None) -> list[Event]:
@@ -66,8 +67,11 @@ class EventLog:
                 return [Event(cursor=f"{generation}:{_complete_end(log)}", kind="reset")]
         return events
 
-    def _start_generation(self) -> None:
-        replace_file(self._tmp, self._path, uuid.uuid4().hex.encode() + b"\n")
+    def _start_generation(self) -> int:
+        """The length of the new log."""
+        first = uuid.uuid4().hex.encode() + b"\n"
+        replace_file(self._tmp, self._path, first)
+        return len(first)
 
 
 def _complete_end(log: BinaryIO) -> int:
