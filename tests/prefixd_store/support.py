@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,10 @@ class Blob(NamedTuple):
     @property
     def sha256(self) -> str:
         return self.version.sha256
+
+
+MakeBlob = Callable[..., Blob]
+"""of the fixture ``blob``"""
 
 
 def make_blob(folder: Path, size: int) -> Blob:

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,7 @@ from prefixd_store.disk_files import make_folder, sweep, temp_file
 from prefixd_store.disk_lock import StoreLock
 from prefixd_store.errors import CorruptBlob, StoreUnavailable
 from prefixd_store.store import open_store
-from tests.prefixd_store.support import TENANT, Blob, Replica, make_blob, put
-
-MakeBlob = Callable[..., Blob]
+from tests.prefixd_store.support import TENANT, Blob, MakeBlob, Replica, make_blob, put
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,8 @@ from prefixd_store import redis_scripts
 from prefixd_store.errors import CorruptBlob, InvalidRequest, NotFound, StoreUnavailable
 from prefixd_store.redis_store import RedisStore
 from prefixd_store.store import open_store
-from tests.prefixd_store.support import TENANT, Backend, Blob, Replica, blob_keys, put
+from tests.prefixd_store.support import TENANT, Backend, MakeBlob, Replica, blob_keys, put
 from tests.support.redis_server import RedisServer, running_redis
-
-MakeBlob = Callable[..., Blob]
 
 
 @pytest.fixture

@@ -14,10 +14,8 @@ import redis
 from prefixd_store.errors import InvalidRequest, StoreUnavailable
 from prefixd_store.redis_urls import public_url
 from prefixd_store.store import open_store
-from tests.prefixd_store.support import TENANT, Blob, Replica, put
+from tests.prefixd_store.support import TENANT, MakeBlob, Replica, put
 from tests.support.redis_server import RedisServer, TlsFiles, running_redis
-
-MakeBlob = Callable[..., Blob]
 
 PASSWORD = "s3cr3t/@:#"
 COMMANDS = (
