@@ -234,7 +234,9 @@ class Oracle:
         total = sum(tokens for _, tokens in decision.scheduled)
         left = self.max_num_batched_tokens - total
         if decision.decoded:
-            return min(left, self.max_prefill_tokens - (total - decision.decoded))
+            prompts = min(len(self.items), self.max_num_seqs) - decision.decoded
+            budget = self.max_prefill_tokens * max(1, prompts // decision.decoded)
+            return min(left, budget - (total - decision.decoded))
         return left
 
     def _pages(self, tokens: int) -> int:

@@ -194,11 +194,20 @@ def test_prompts_beside_decodes_have_a_budget_of_their_own() -> None:
     world.arrive(18, new=4)
     assert world.step() == [("r0001", 16)], "alone it holds up nobody"
     assert world.step() == [("r0001", 2)]
-    world.arrive(6)
-    world.arrive(3)
+    world.arrive(9)
     assert world.step() == [("r0001", 1), ("r0002", 4)]
-    assert world.step() == [("r0001", 1), ("r0002", 2), ("r0003", 2)]
-    assert world.step() == [("r0001", 1), ("r0003", 1)]
+    assert world.step() == [("r0001", 1), ("r0002", 4)]
+    assert world.step() == [("r0001", 1), ("r0002", 1)]
+
+
+def test_the_more_prompts_wait_for_each_decode_the_more_of_them_run() -> None:
+    world = World(num_pages=40, max_num_batched_tokens=16, max_prefill_tokens=4, max_num_seqs=4)
+    world.arrive(2, new=4)
+    assert world.step() == [("r0001", 2)]
+    for _ in range(5):
+        world.arrive(6)
+    three_seats_left = [("r0001", 1), ("r0002", 6), ("r0003", 6)]
+    assert world.step() == three_seats_left
 
 
 def test_priority_then_arrival_decides_who_is_admitted() -> None:

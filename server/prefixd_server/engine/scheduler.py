@@ -2,7 +2,8 @@
 
 Each step has a budget of tokens. Running sequences come first, decodes before prefill chunks, then
 waiting ones are admitted in order of (priority, arrival). Beside decodes, prompts have a smaller
-budget of their own: the longer a step, the longer those wait for their next token. Admission
+budget of their own: the longer a step, the longer those wait for their next token. It is larger
+where several prompts wait for each decode, who together lose more by waiting. Admission
 reserves the prefix's lease and the pages of all tokens known so far, or changes nothing. A sequence
 whose prefix is still loading is passed over; one that lacks pages holds back those behind it, so
 that it is not starved.
@@ -74,7 +75,8 @@ class Scheduler:
         max_prefill_tokens: int | None = None,
         prompt_cache: bool = False,
     ) -> None:
-        """``max_prefill_tokens``: of prompts, in a step with decodes; None: what those leave."""
+        """``max_prefill_tokens``: of prompts, in a step with decodes, or as many times that as there
+        are prompts for each decode; None: what those leave."""
         self.allocator = allocator
         self.prefixes = prefixes
         self.prompt_cache = PromptCache(allocator, enabled=prompt_cache)
@@ -148,10 +150,16 @@ class Scheduler:
         prefills = [s for s in self.running if s.branches[0].num_uncomputed > 1]
         budget, some_wait = self._in_turn(decodes, self.max_num_batched_tokens, scheduled)
         if scheduled:
-            budget = min(budget, self.max_prefill_tokens)
+            budget = min(budget, self._prefill_budget(len(scheduled)))
         budget, more_wait = self._in_turn(prefills, budget, scheduled)
         # Beams that the step had no room for would wait for ever if others kept arriving.
         return scheduled, 0 if some_wait or more_wait else budget
+
+    def _prefill_budget(self, num_decodes: int) -> int:
+        """Tokens of prompts beside so many decodes."""
+        # Not all that wait: those without a seat gain nothing by a longer step.
+        num_wanted = min(len(self.waiting) + len(self.running), self.max_num_seqs)
+        return self.max_prefill_tokens * max(1, num_wanted // num_decodes - 1)
 
     def _in_turn(
         self, sequences: list[Sequence], budget: int, scheduled: list[Scheduled]
