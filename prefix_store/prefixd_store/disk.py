@@ -222,12 +222,20 @@ class DiskStore(RecordStore):
     @os_errors()
     def events(self, after: str | None, *, timeout: float) -> list[Event]:
         deadline = time.monotonic() + timeout
+        seen = None
         while True:
-            found = self._read_feed(after)
+            # Taken before the log is read: what comes after it changes the next one.
+            stamp = self._stamp()
+            found = [] if stamp and stamp == seen else self._read_feed(after)
+            seen = stamp
             remaining = deadline - time.monotonic()
             if found or remaining <= 0:
                 return found
             time.sleep(min(self._poll_seconds, remaining))
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        """The feed's while nobody is at work; None: it is to be read."""
+        return None if self._lock.has_intent() else self._feed.stamp()
 
     def _read_feed(self, after: str | None) -> list[Event]:
         if self._lock.has_intent():

@@ -57,6 +57,14 @@ class EventLog:
             log.seek(end)
             log.write(line)
 
+    def stamp(self) -> tuple[int, int, int] | None:
+        """Equal as long as there is nothing new to read, for less than a read; None: no log."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     def read(self, after: str | None) -> list[Event]:
         """Events after the cursor, or one reset if they cannot be told. Raises NotLines."""
         with self._path.open("rb") as log:

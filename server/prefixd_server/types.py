@@ -6,7 +6,7 @@ Requests travel frontend → engine through the mailbox; outputs travel back, on
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from prefixd_server.errors import PrefixdError
@@ -216,11 +216,10 @@ class Finish:
     """of a beam search, which has no tokens on the way; best first, ``reason`` is the first's"""
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """What one step did for one request. Exactly one has ``finish``, and it is the last."""
 
     request_id: str
     started: Started | None = None
-    tokens: tuple[Token, ...] = field(default=())
+    tokens: tuple[Token, ...] = ()
     finish: Finish | None = None

@@ -24,9 +24,9 @@ class Log(NoObserver):
         assert seconds >= 0
         self.first_tokens += 1
 
-    def inter_token(self, seconds: float) -> None:
+    def inter_token(self, seconds: float, count: int) -> None:
         assert seconds >= 0
-        self.inter_tokens += 1
+        self.inter_tokens += count
 
     def finished(self, reason, seconds, *, prompt_tokens, completion_tokens, tenant, task) -> None:
         assert seconds >= 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -35,8 +36,7 @@ RelativeBias = Callable[[Tensor], Tensor]
 """relative positions (key's minus query's) [...], int64 -> what to add to the scores, [..., H]"""
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceSpan:
+class SequenceSpan(NamedTuple):
     """One sequence's part of a step: ``query_len`` new tokens after ``context_len`` cached ones."""
 
     query_len: int
@@ -62,8 +62,7 @@ class SequenceSpan:
         return self.context_len
 
 
-@dataclass(frozen=True, slots=True)
-class CrossSpan:
+class CrossSpan(NamedTuple):
     """One sequence's cross-attention in a step: ``query_len`` decoder tokens, each of which sees
     the prefix and all ``num_keys`` tokens of the encoder."""
 

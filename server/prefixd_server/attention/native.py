@@ -107,7 +107,7 @@ def _new_slots(spans: Sequence[Span], page_size: int) -> np.ndarray[tuple[int], 
 
 
 def _parts(spans: Sequence[Span], page_size: int, *, grouped: bool) -> AttentionParts:
-    parts: list[tuple[int, int, int, int, int, int, int]] = []
+    parts: list[int] = []
     pages: list[int] = []
     rows: list[int] = []
     query_index: list[int] = []
@@ -125,7 +125,7 @@ def _parts(spans: Sequence[Span], page_size: int, *, grouped: bool) -> Attention
             first_row = len(rows)
             rows.extend(queries)
             end_key = min(end, first_key + _LONGEST_PART)
-            parts.append(
+            parts.extend(
                 (first_row, len(rows), prefix_page, span.prefix_len, own_page, first_key, end_key)
             )
 
@@ -144,10 +144,4 @@ def _parts(spans: Sequence[Span], page_size: int, *, grouped: bool) -> Attention
             add(span, queries, 0, num_keys)
     for span, all_queries in shared.values():
         add(span, all_queries, 0, span.prefix_len)
-    return AttentionParts(
-        np.array(parts, dtype=np.int32),
-        np.array(pages, dtype=np.int32),
-        np.array(rows, dtype=np.int32),
-        np.array(query_index, dtype=np.int32),
-        page_size,
-    )
+    return AttentionParts(parts, pages, rows, query_index, page_size)

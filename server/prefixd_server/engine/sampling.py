@@ -1,6 +1,6 @@
 """Logits to tokens, for a whole batch at once; every row has its own parameters.
 
-A row that is plain greedy costs an argmax, a gather and its share of one logsumexp. Whatever else a
+A row that is plain greedy costs an argmax and its share of one logsumexp. Whatever else a
 row asks for runs on the sub-batch of the rows that ask for it: ``penalties`` moves the logits,
 ``sampling_filters`` makes the distribution and draws from it.
 
@@ -10,6 +10,7 @@ temperature, top-k, top-p, min-p, typical. Greedy rows stop before the temperatu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from prefixd_server.engine.penalties import SamplingRow, adjust_, needs_adjusting
 from prefixd_server.engine.sampling_filters import draw, supports, weight_scale
 from prefixd_server.native import kernels
+from prefixd_server.native.kernels import Peaks
 from prefixd_server.types import Token
 
 __all__ = ["Sampler", "SamplingRow", "prompt_logprobs", "uniform"]
@@ -53,10 +55,18 @@ class Sampler:
         if not rows:
             return []
         scores = logits.to(self._device, torch.float32)
-        largest, norm = self._peaks(scores)
-        ids, valid = self._choose(scores, largest, norm.isfinite(), rows)
+        shaped = [i for i, row in enumerate(rows) if not row.params.greedy or needs_adjusting(row)]
+        counts = [row.params.top_n_tokens for row in rows]
+        if self._kernels is None or not scores.is_contiguous():
+            largest, norm = scores.argmax(-1), scores.logsumexp(-1)
+        else:
+            peaks = self._kernels.peaks(scores)
+            if not shaped and not any(counts):
+                return _plain_greedy(peaks)
+            largest, norm = torch.from_numpy(peaks.at), torch.from_numpy(peaks.log_sums)
+        ids, valid = self._choose(scores, largest, norm.isfinite(), rows, shaped)
         logprobs = scores.gather(1, ids[:, None])[:, 0] - norm
-        tops = _alternatives(scores, norm, [row.params.top_n_tokens for row in rows])
+        tops = _alternatives(scores, norm, counts)
         # One copy from the device; a double holds any of the three exactly.
         drawn = torch.stack([ids.double(), logprobs.double(), valid.double()], 1).tolist()
         return [
@@ -64,18 +74,17 @@ class Sampler:
             for (id_, logprob, ok), top in zip(drawn, tops, strict=True)
         ]
 
-    def _peaks(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's largest and logsumexp; one pass over the logits where there is a kernel."""
-        if self._kernels is not None and scores.is_contiguous():
-            return self._kernels.peaks(scores)
-        return scores.argmax(-1), scores.logsumexp(-1)
-
     def _choose(
-        self, scores: Tensor, ids: Tensor, valid: Tensor, rows: Sequence[SamplingRow]
+        self,
+        scores: Tensor,
+        ids: Tensor,
+        valid: Tensor,
+        rows: Sequence[SamplingRow],
+        shaped: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """ids ``[B]``, and which of them mean something, made of those of the largest and those
-        that have a distribution; ``scores`` is left as it is."""
-        shaped = [i for i, row in enumerate(rows) if not row.params.greedy or needs_adjusting(row)]
+        that have a distribution; ``scores`` is left as it is. ``shaped``: rows that are not plain
+        greedy."""
         chunk = max(1, _WORK_ELEMENTS[self._device.type != "cpu"] // self._vocab_size)
         for start in range(0, len(shaped), chunk):
             at = shaped[start : start + chunk]
@@ -113,6 +122,16 @@ class Sampler:
                 column = support.ids.gather(1, column[:, None])[:, 0]
             ids[support.rows] = column
         return ids
+
+
+def _plain_greedy(peaks: Peaks) -> list[Token | None]:
+    """Without torch's operators: after a step the caches hold none of their code, and ten calls
+    take a hundredth of the step."""
+    logprobs = peaks.largest - peaks.log_sums
+    return [
+        None if math.isnan(logprob) else Token(id_, logprob)
+        for id_, logprob in zip(peaks.at.tolist(), logprobs.tolist(), strict=True)
+    ]
 
 
 def uniform(seed: int, num_output_tokens: int) -> float:

@@ -75,8 +75,8 @@ class Scheduler:
         max_prefill_tokens: int | None = None,
         prompt_cache: bool = False,
     ) -> None:
-        """``max_prefill_tokens``: of prompts, in a step with decodes, or as many times that as there
-        are prompts for each decode; None: what those leave."""
+        """``max_prefill_tokens``: of prompts, in a step with decodes, or that many times the
+        prompts that wait for each decode; None: what those leave."""
         self.allocator = allocator
         self.prefixes = prefixes
         self.prompt_cache = PromptCache(allocator, enabled=prompt_cache)
@@ -188,9 +188,11 @@ class Scheduler:
         Only decodes lack pages (admission reserved a prefill's) and they grow in order, so no
         victim is in this step already.
         """
-        tables = [branch.pages for branch in sequence.branches]
         start = sequence.branches[0].num_computed
         stop = start + num_tokens
+        if sequence.beam_group is None and stop <= len(sequence.pages) * self.allocator.page_size:
+            return True  # only hypotheses share pages that are written to
+        tables = [branch.pages for branch in sequence.branches]
         pages = sequence.beam_group.reserve if sequence.beam_group else []
         missing = pages_to_write(self.allocator, tables, start, stop) - len(pages)
         while missing > 0:

@@ -44,6 +44,8 @@ class Sequence:
         banned_token_ids: tuple[int, ...] = (),
     ) -> None:
         self.request = request
+        self.request_id = request.request_id
+        self.params: SamplingParams = request.sampling
         self.encoder_token_ids = encoder_token_ids
         """of an encoder-decoder: the client's text; the prompt is then the decoder's start"""
         self.forced_first = forced_first
@@ -51,6 +53,10 @@ class Sequence:
         self.banned_token_ids = banned_token_ids
         self.prompt_token_ids = prompt_token_ids
         self.prefix = prefix
+        self.prefix_len = prefix.sites.decoder if prefix else 0
+        """virtual tokens that the sequence's own tokens attend to"""
+        self.position_offset = prefix.decoder_offset if prefix else 0
+        """the position id of the first prompt token"""
         self.output_token_ids: list[int] = []
         self.prompt_logprobs: list[float] = []
         self.started = False
@@ -69,14 +75,6 @@ class Sequence:
         self.lease: Lease | None = None
         self.beam_group: BeamGroup | None = None
         """of a beam search: the hypotheses, which run in this one's place once its prompt has"""
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.sampling
 
     @property
     def num_tokens(self) -> int:
@@ -102,21 +100,11 @@ class Sequence:
         return 0 if self.num_computed else len(self.encoder_token_ids)
 
     @property
-    def prefix_len(self) -> int:
-        """Virtual tokens that the sequence's own tokens attend to."""
-        return self.prefix.sites.decoder if self.prefix else 0
-
-    @property
     def forced_token_ids(self) -> tuple[int, ...]:
         """The next token is one of these, if there are any (as transformers' processors force)."""
         if len(self.output_token_ids) == self.params.max_new_tokens - 1 and self.forced_last:
             return self.forced_last
         return () if self.output_token_ids else self.forced_first
-
-    @property
-    def position_offset(self) -> int:
-        """The position id of the first prompt token."""
-        return self.prefix.decoder_offset if self.prefix else 0
 
     @property
     def order(self) -> tuple[int, float, str]:

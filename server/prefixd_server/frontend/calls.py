@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prefixd_server.types import FinishReason, SamplingParams
 
@@ -32,8 +33,7 @@ class Call:
     request_id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class TextToken:
+class TextToken(NamedTuple):
     id: int
     text: str
     """what it adds to the text; may be empty while a character or stop string is incomplete"""
@@ -64,7 +64,7 @@ class Completion:
         return sum(token.logprob or 0.0 for token in self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """One token of a stream; ``index`` counts from 1. The last one carries the completion."""
 

@@ -43,7 +43,7 @@ class Detokenizer:
         piece = self._new(text)
         del self._window[: self._num_shown]
         self._num_shown = len(self._window)
-        self._shown = self._codec.decode(self._window)
+        self._shown = self._codec.decode_again(self._window)
         return piece
 
     def flush(self) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -43,8 +44,8 @@ class Observer(Protocol):
     def first_token(self, seconds: float) -> None:
         """From arrival to the first token."""
 
-    def inter_token(self, seconds: float) -> None:
-        """Between two tokens of a sequence."""
+    def inter_token(self, seconds: float, count: int) -> None:
+        """So long between two tokens of a sequence, so many times."""
 
     def finished(
         self,
@@ -62,7 +63,7 @@ class Observer(Protocol):
 class NoObserver:
     def first_token(self, seconds: float) -> None: ...
 
-    def inter_token(self, seconds: float) -> None: ...
+    def inter_token(self, seconds: float, count: int) -> None: ...
 
     def finished(
         self,
@@ -159,18 +160,22 @@ class Flights:
     def _dispatch(self, outputs: Sequence[Output]) -> None:
         now = time.monotonic()
         ended_early: list[str] = []
+        gaps: dict[float, int] = defaultdict(int)  # of all sequences of a step mostly one
         for output in outputs:
             flight = self._flights.get(output.request_id)
             if flight is None:
                 continue  # aborted, or ended by a stop string, while this was on its way
-            if self._receive(flight, output, now) and output.finish is None:
+            if count := _num_tokens(output):
+                self._note_tokens(flight, count, now, gaps)
+            if self._receive(flight, output) and output.finish is None:
                 ended_early.append(output.request_id)
+        for seconds, count in gaps.items():
+            self._observer.inter_token(seconds, count)
         if ended_early:
             self._mailbox.abort(ended_early)
 
-    def _receive(self, flight: _Flight, output: Output, now: float) -> bool:
+    def _receive(self, flight: _Flight, output: Output) -> bool:
         """Returns whether the request is over."""
-        self._observe_tokens(flight, _num_tokens(output), now)
         try:
             reason = flight.receiver.receive(output)
         except Exception:
@@ -223,18 +228,18 @@ class Flights:
             self._landed.set()
         return flight
 
-    def _observe_tokens(self, flight: _Flight, count: int, now: float) -> None:
-        if not count:
-            return
+    def _note_tokens(self, flight: _Flight, count: int, now: float, gaps: dict[float, int]) -> None:
         if not flight.num_tokens:
             self._observer.first_token(now - flight.request.arrival)
         else:
-            self._observer.inter_token((now - flight.last_token_at) / count)
+            gaps[(now - flight.last_token_at) / count] += count
         flight.num_tokens += count
         flight.last_token_at = now
 
 
 def _num_tokens(output: Output) -> int:
     """A beam search has its tokens in its end."""
-    hypotheses = output.finish.hypotheses if output.finish else ()
+    if output.finish is None:
+        return len(output.tokens)
+    hypotheses = output.finish.hypotheses
     return len(output.tokens) + sum(len(hypothesis.tokens) for hypothesis in hypotheses)

@@ -38,19 +38,20 @@ class Stream:
         self._chunks: deque[Chunk] = deque()
         self._error: PrefixdError | None = None
         self._ended = False
-        self._news = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        """of the task that waits for news"""
 
     def receive(self, output: Output) -> FinishReason | None:
         self._chunks.extend(self._text.feed(output))
-        self._news.set()
         completion = self._text.completion
         self._ended = completion is not None
+        self._wake()
         return completion.finish_reason if completion else None
 
     def fail(self, error: PrefixdError) -> None:
         self._error = error
         self._ended = True
-        self._news.set()
+        self._wake()
 
     def __aiter__(self) -> Self:
         return self
@@ -59,9 +60,9 @@ class Stream:
         while not self._chunks:
             if self._ended:
                 raise self._take_error() or StopAsyncIteration
-            self._news.clear()
+            self._reader = asyncio.get_running_loop().create_future()
             try:
-                await self._news.wait()
+                await self._reader
             except asyncio.CancelledError:
                 self._close()
                 raise
@@ -93,7 +94,11 @@ class Stream:
         self._chunks.clear()
         self._error = None
         self._ended = True
-        self._news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _take_error(self) -> PrefixdError | None:
         error, self._error = self._error, None

@@ -37,6 +37,7 @@ class TextCodec:
         self._anchor = self._ids("a", special=False)
         self._anchor_text = self.decode(self._anchor)
         self._token_texts: dict[int, str] = {}
+        self._alone: dict[int, str] = {}
         self.num_leading, self.num_trailing = self._count_added()
 
     def encode(self, text: str, *, param: str = "inputs") -> tuple[list[int], int]:
@@ -76,6 +77,15 @@ class TextCodec:
                 text = self._tokenizer.decode(
                     list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
+        return text
+
+    def decode_again(self, ids: Sequence[int]) -> str:
+        """As ``decode``; single tokens, of which there are few, are remembered."""
+        if len(ids) > 1:
+            return self.decode(ids)
+        text = self._alone.get(ids[0])
+        if text is None:
+            text = self._alone[ids[0]] = self.decode(ids)
         return text
 
     def is_special(self, token_id: int) -> bool:

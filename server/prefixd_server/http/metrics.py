@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from prefixd_server.http.histogram import BatchHistogram
 from prefixd_server.types import FinishReason
 from prefixd_store.records import TaskRecord
 
@@ -87,9 +88,13 @@ class Metrics:
         self._ttft = histogram(
             "vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT, of_model
         ).labels(model_name)
-        self._itl = histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.", _ITL, of_model
-        ).labels(model_name)
+        self._itl = BatchHistogram(
+            "vllm:inter_token_latency_seconds",
+            "Between two tokens of a sequence.",
+            _ITL,
+            {of_model: model_name},
+        )
+        self.registry.register(self._itl)
         self._e2e = histogram(
             "vllm:e2e_request_latency_seconds", "Arrival to last token.", _E2E, of_model
         ).labels(model_name)
@@ -136,8 +141,8 @@ class Metrics:
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 
-    def inter_token(self, seconds: float) -> None:
-        self._itl.observe(seconds)
+    def inter_token(self, seconds: float, count: int) -> None:
+        self._itl.observe(seconds, count)
 
     def finished(
         self,

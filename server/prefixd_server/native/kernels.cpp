@@ -48,11 +48,11 @@ void prefixd_rotate(const float* from, int64_t from_token, int64_t from_head, co
                    to + (t * heads + h) * dim);
 }
 
-// For each row of logits [rows, size]: where the largest is, and log(sum(e^x)).
-void prefixd_peaks(const float* logits, int64_t rows, int64_t size, int64_t* largest,
+// For each row of logits [rows, size]: where the largest is, the largest, and log(sum(e^x)).
+void prefixd_peaks(const float* logits, int64_t rows, int64_t size, int64_t* at, float* largest,
                    float* log_sums) {
 #pragma omp parallel for schedule(static) if (rows * size > 65536)
-    for (int64_t r = 0; r < rows; r++) peak(logits + r * size, size, largest + r, log_sums + r);
+    for (int64_t r = 0; r < rows; r++) peak(logits + r * size, size, at + r, largest + r, log_sums + r);
 }
 
 // Root-mean-square normalisation of [rows, size]; `plus` is 1 where the weight is stored less one.

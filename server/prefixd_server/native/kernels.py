@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +19,18 @@ from prefixd_server.native.binding import bind
 from prefixd_server.native.build import CannotBuild, default_folder, library
 from prefixd_server.native.gemm import Gemm
 
-__all__ = ["AttentionParts", "Kernels", "load"]
+__all__ = ["AttentionParts", "Kernels", "Peaks", "load"]
 
 log = logging.getLogger(__name__)
 
 
-IntArray = npt.NDArray[np.int32]
+class Peaks(NamedTuple):
+    at: npt.NDArray[np.int64]
+    """[B] the index of the first largest"""
+    largest: npt.NDArray[np.float32]
+    """[B]"""
+    log_sums: npt.NDArray[np.float32]
+    """[B] of the exponentials; NaN where one is NaN or +inf, or all are -inf"""
 
 
 class AttentionParts:
@@ -29,28 +38,28 @@ class AttentionParts:
 
     def __init__(
         self,
-        parts: IntArray,
-        pages: IntArray,
-        rows: IntArray,
-        query_index: IntArray,
+        parts: Sequence[int],
+        pages: Sequence[int],
+        rows: Sequence[int],
+        query_index: Sequence[int],
         page_size: int,
     ) -> None:
-        """``parts`` [N, 7]: first and end row (in ``rows``); where the prefix's page list begins
-        (in ``pages``) and its tokens; where the own page list begins; first and end key by their
-        index in the joint sequence. ``rows``: the packed token of each row. ``query_index`` [T]:
-        each token's index in the joint sequence; it sees the keys up to there."""
+        """``parts``, seven numbers each: first and end row (in ``rows``); where the prefix's page
+        list begins (in ``pages``) and its tokens; where the own page list begins; first and end key
+        by their index in the joint sequence. ``rows``: the packed token of each row.
+        ``query_index`` [T]: each token's index in the joint sequence; it sees the keys up to there.
+        """
         tokens = len(query_index)
-        token_rows = np.argsort(rows, kind="stable").astype(np.int32)
-        token_first = np.zeros(tokens + 1, dtype=np.int32)
-        np.cumsum(np.bincount(rows, minlength=tokens), out=token_first[1:])
-        # Held: the addresses below are of these.
-        self._arrays = (parts, pages, rows, query_index, token_first, token_rows)
+        token_first, token_rows = _rows_of_tokens(rows, tokens)
+        lists = (parts, pages, rows, query_index, token_first, token_rows)
+        # One array, as each costs more to make than what is in it.
+        self._numbers = np.array([number for each in lists for number in each], dtype=np.int32)
         self._num_rows = len(rows)
         self._workspace: Tensor | None = None
+        address = self._numbers.ctypes.data
+        at = [address + 4 * end for end in accumulate(map(len, lists), initial=0)]
         self.addresses = (
-            parts.ctypes.data, len(parts), pages.ctypes.data, rows.ctypes.data,
-            query_index.ctypes.data, page_size, token_first.ctypes.data, token_rows.ctypes.data,
-            tokens,
+            at[0], len(parts) // 7, at[1], at[2], at[3], page_size, at[4], at[5], tokens,
         )  # fmt: skip
 
     def workspace(self, heads: int, dim: int) -> int:
@@ -58,6 +67,15 @@ class AttentionParts:
         if self._workspace is None or self._workspace.shape[1:] != (heads, dim + 2):
             self._workspace = torch.empty(self._num_rows, heads, dim + 2)
         return self._workspace.data_ptr()
+
+
+def _rows_of_tokens(rows: Sequence[int], tokens: int) -> tuple[Sequence[int], Sequence[int]]:
+    """The rows of packed token t: ``second[first[t] : first[t + 1]]``."""
+    if len(rows) == tokens:  # each token has one, in order
+        return range(tokens + 1), rows
+    first = np.zeros(tokens + 1, dtype=np.int32)
+    np.cumsum(np.bincount(rows, minlength=tokens), out=first[1:])
+    return first.tolist(), np.argsort(rows, kind="stable").tolist()
 
 
 @cache
@@ -115,7 +133,7 @@ class Kernels:
             library.prefixd_activate,
             [tensor, c_int64, c_float, c_float, c_int64, c_int64, tensor],
         )
-        self._peaks = bind(library.prefixd_peaks, [tensor, c_int64, c_int64, tensor, tensor])
+        self._peaks = bind(library.prefixd_peaks, [tensor, c_int64, c_int64, *[tensor] * 3])
 
     def store(self, key: Tensor, value: Tensor, slots: int, keys: Tensor, values: Tensor) -> None:
         """Write key and value [T, H_kv, D] to their slots of [num_slots, H_kv, D]; ``slots`` is the
@@ -169,13 +187,14 @@ class Kernels:
         self._activate(x.data_ptr(), stride, slope, cubic, rows, size, output.data_ptr())
         return output
 
-    def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Of logits [B, V], contiguous: the first largest's index [B], int64, and the log of the
-        sum of their exponentials [B], NaN where one is NaN or +inf or all are -inf."""
+    def peaks(self, logits: Tensor) -> Peaks:
+        """Of each row of logits [B, V], contiguous."""
         rows, size = logits.shape
-        largest, log_sums = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-        self._peaks(logits.data_ptr(), rows, size, largest.data_ptr(), log_sums.data_ptr())
-        return largest, log_sums
+        at, numbers = np.empty(rows, np.int64), np.empty((2, rows), np.float32)
+        largest = numbers.ctypes.data
+        log_sums = largest + numbers.strides[0]
+        self._peaks(logits.data_ptr(), rows, size, at.ctypes.data, largest, log_sums)
+        return Peaks(at, *numbers)
 
     def rms_norm(self, x: Tensor, weight: Tensor, plus: float, epsilon: float) -> Tensor:
         """x [..., C], contiguous; weight [C]."""

@@ -6,9 +6,10 @@
 
 namespace {
 
-// The first largest of a row of logits, and log(sum(e^x)). NaN and +inf give NaN.
+// Where the first largest of a row of logits is, the largest, and log(sum(e^x)). NaN and +inf give
+// a sum of NaN.
 FOR_EACH_CPU
-void peak(const float* logits, int64_t size, int64_t* largest, float* log_sum) {
+void peak(const float* logits, int64_t size, int64_t* at, float* largest, float* log_sum) {
     constexpr int64_t CHUNK = 1024;  // stays in L1 between the two passes
     float highest = NEVER, sum = 0;
     int64_t where = 0;
@@ -38,7 +39,8 @@ void peak(const float* logits, int64_t size, int64_t* largest, float* log_sum) {
         sum += sum_of(sums);
         for (int64_t i = whole; i < count; i++) sum += std::exp(chunk[i] - highest);
     }
-    *largest = where;
+    *at = where;
+    *largest = highest;
     *log_sum = highest + std::log(sum);
 }
 
