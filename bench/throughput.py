@@ -31,6 +31,8 @@ from prefixd import Client
 
 NUM_VIRTUAL_TOKENS = 20
 ADAPTERS = 32
+HTTP = {"HTTP streams": True, "HTTP answers": False}
+"""one event a token, and whole answers, which is what peers' own calls give"""
 
 
 class Size(NamedTuple):
@@ -141,7 +143,8 @@ def started(options: Options, bench: Bench, names: Sequence[str]) -> Iterator[di
         engine.wait_until_ready()
         settings = {"prefixd engine": engine.settings}
         bench.add_server("engine", engine.run)
-        bench.add_server("HTTP", partial(_over_http, served))
+        for kind, stream in HTTP.items():
+            bench.add_server(kind, partial(_over_http, served, stream))
         reasons = set_up(names, options.model)
         adapters = _peft_folders(served.url, folder) if "peft" in names else []
         for name in names:
@@ -160,9 +163,9 @@ def started(options: Options, bench: Bench, names: Sequence[str]) -> Iterator[di
         yield settings
 
 
-def _over_http(served: Served, requests: int, new_tokens: int, tasks: int) -> Figures:
+def _over_http(served: Served, stream: bool, requests: int, new_tokens: int, tasks: int) -> Figures:
     with served.turn():
-        return batch(served.url, requests, new_tokens, tasks)
+        return batch(served.url, requests, new_tokens, tasks, stream=stream)
 
 
 def _peft_folders(url: str, folder: Path) -> list[Path]:
@@ -176,20 +179,21 @@ def _peft_folders(url: str, folder: Path) -> list[Path]:
 def compare(report: Report, bench: Bench, workloads: Sequence[str], peers: Sequence[str]) -> None:
     get = bench.cases.get
     for workload in workloads:
-        for kind in ("engine", "HTTP"):
+        for kind in ("engine", *HTTP):
             mixed = next(iter(TASKS[workload]))
-            mine = f"{kind}, {workload}, "
+            of_kind = f"{kind}, {workload}, "
             for other in list(TASKS[workload])[1:]:
                 name = f"{kind}, {workload}: {mixed} ÷ {other}"
-                report.compare(name, get(mine + mixed), get(mine + other))
-        engine, http = (get(f"{kind}, {workload}, {mixed}") for kind in ("engine", "HTTP"))
-        report.compare(f"{workload}: HTTP ÷ engine", http, engine)
+                report.compare(name, get(of_kind + mixed), get(of_kind + other))
+        ours = {kind: get(f"{kind}, {workload}, {mixed}") for kind in ("engine", *HTTP)}
+        for kind in HTTP:
+            report.compare(f"{workload}: {kind} ÷ engine", ours[kind], ours["engine"])
         for name in peers:
             for job in PEERS[name].jobs:
                 theirs = get(f"{name}, {workload}, {job.label}")
-                for kind, ours in (("engine", engine), ("HTTP", http)):
+                for kind, mine in ours.items():
                     label = f"{workload}: {kind}, {mixed} ÷ {name}, {job.label}"
-                    report.compare(label, ours, theirs)
+                    report.compare(label, mine, theirs)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""HTTP load: streams read by a client that costs little, as it shares the cores with the server.
+"""HTTP load from a client that costs little, as it shares the cores with the server.
 
 A request is one connection. Times are seconds of ``time.perf_counter``; latencies count from the
 moment at which a request was *due*, so a server that falls behind cannot hide it by being asked
@@ -26,13 +26,15 @@ class Ask(NamedTuple):
     task: str
     prompt: str
     new_tokens: int
+    stream: bool = True
+    """the answer token by token, else whole"""
 
 
 @dataclass(slots=True)
 class Reply:
     due: float
     tokens_at: list[float]
-    """when each token's event arrived"""
+    """when each token arrived: of a whole answer, all at its end"""
 
     @property
     def first_s(self) -> float:
@@ -47,16 +49,19 @@ class Reply:
         return [b - a for a, b in zip(self.tokens_at, self.tokens_at[1:], strict=False)]
 
 
-def batch(url: str, requests: int, new_tokens: int, tasks: int) -> dict[str, Any]:
+def batch(
+    url: str, requests: int, new_tokens: int, tasks: int, *, stream: bool = True
+) -> dict[str, Any]:
     """``requests`` at once over ``task-0``, ``task-1`` … (0 tasks: the base model); the figures."""
     asks = [
-        Ask(f"task-{number % tasks}" if tasks else "base", prompt, new_tokens)
+        Ask(f"task-{number % tasks}" if tasks else "base", prompt, new_tokens, stream)
         for number, prompt in enumerate(prompts(requests))
     ]
     start = time.perf_counter()
     replies = uvloop.run(closed_loop(url, asks, requests))
     seconds = time.perf_counter() - start
-    return {"tokens": requests * new_tokens, "seconds": seconds, **latencies(replies)}
+    figures = {"tokens": requests * new_tokens, "seconds": seconds}
+    return figures | latencies(replies) if stream else figures
 
 
 async def closed_loop(url: str, asks: Sequence[Ask], concurrency: int) -> list[Reply]:
@@ -86,13 +91,13 @@ async def _ask_at(url: str, ask: Ask, due: float) -> Reply:
 
 
 async def _ask(url: str, ask: Ask, due: float) -> Reply:
-    """One streamed request. Raises RuntimeError unless every token came."""
+    """One request. Raises RuntimeError unless every token came."""
     address = urlsplit(url)
     body = json.dumps(
         {
             "inputs": ask.prompt,
             "parameters": {"max_new_tokens": ask.new_tokens, "ignore_eos": True},
-            "stream": True,
+            "stream": ask.stream,
         }
     ).encode()
     head = (
@@ -107,10 +112,15 @@ async def _ask(url: str, ask: Ask, due: float) -> Reply:
         await answer.ended
     finally:
         transport.close()
-    if b" 200 " not in answer.status or len(answer.tokens_at) != ask.new_tokens:
-        status = answer.status.decode().strip()
-        raise RuntimeError(f"{ask.task}: {status}, {len(answer.tokens_at)} tokens")
-    return Reply(due, answer.tokens_at)
+    status = answer.status.decode().strip()
+    if " 200 " not in status:
+        raise RuntimeError(f"{ask.task}: {status}, {answer.rest.decode()}")
+    tokens_at = answer.tokens_at
+    if not ask.stream:
+        tokens_at = [time.perf_counter()] * json.loads(answer.rest)["usage"]["completion_tokens"]
+    if len(tokens_at) != ask.new_tokens:
+        raise RuntimeError(f"{ask.task}: {len(tokens_at)} tokens, not {ask.new_tokens}")
+    return Reply(due, tokens_at)
 
 
 class Connection:
@@ -146,17 +156,20 @@ class Connection:
 
 
 class _Answer(asyncio.Protocol):
-    """Counts the events of an answer as they arrive, and parses nothing else of it."""
+    """Counts the events of an answer as they arrive, and parses nothing else of it.
+
+    ``rest`` is what follows the last line: a whole answer's JSON.
+    """
 
     def __init__(self) -> None:
         self.status = b""
         self.tokens_at: list[float] = []
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line = b""
+        self.rest = b""
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
-        *lines, self._line = (self._line + data).split(b"\n")
+        *lines, self.rest = (self.rest + data).split(b"\n")
         if lines and not self.status:
             self.status = lines[0]
         self.tokens_at += [now for line in lines if line.startswith(b'data: {"index"')]
