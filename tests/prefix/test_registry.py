@@ -210,6 +210,31 @@ def test_two_replicas_converge(tmp_path: Path) -> None:
         there.registry.close()
 
 
+def test_a_change_made_here_is_not_read_again_when_the_feed_tells_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = Replica(tmp_path), Replica(tmp_path)
+    read: list[str] = []
+    get_task = here.store.get_task
+
+    def counted(tenant: str, name: str) -> TaskRecord:
+        read.append(name)
+        return get_task(tenant, name)
+
+    monkeypatch.setattr(here.store, "get_task", counted)
+    here.registry.start()
+    here.publish("mine", seed=0)
+    here.publish("mine", seed=1)
+    here.registry.activate(TENANT, "mine", {1: 1.0})
+    there.publish("theirs")
+    here.wait_for("theirs", 1)
+    assert read == ["theirs"]
+    here.registry.delete_task(TENANT, "mine")
+    there.publish("mine")  # a new task, of a revision that was known of the old one
+    assert here.wait_for("mine", 1).split == {1: 1.0}
+    here.registry.close()
+
+
 def test_many_threads_on_two_replicas_end_with_what_the_store_has(tmp_path: Path) -> None:
     replicas = [Replica(tmp_path), Replica(tmp_path)]
     for seed in range(2):

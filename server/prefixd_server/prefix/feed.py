@@ -1,6 +1,7 @@
 """The thread that follows the store's feed of changes.
 
-It waits for events and has each task that one names read anew; ``reset`` has everything read anew.
+It waits for events and has each task that one names read anew, unless what it tells is known, as
+after a change made here; ``reset`` has everything read anew.
 While the store is unavailable it tries again, ever more slowly, and says so in :attr:`Feed.health`;
 the cursor stays where it was, so nothing is missed.
 """
@@ -36,7 +37,8 @@ class FeedHealth:
 
 
 class Feed:
-    """``refresh`` re-reads one task, ``refill`` all; both may raise PrefixdError."""
+    """``refresh`` re-reads one task, ``refill`` all; both may raise PrefixdError. ``revision`` is
+    the one of a task that is known, 0: none."""
 
     def __init__(
         self,
@@ -44,11 +46,13 @@ class Feed:
         *,
         refresh: Callable[[TaskKey], None],
         refill: Callable[[], None],
+        revision: Callable[[TaskKey], int],
         poll_s: float,
     ) -> None:
         self._store = store
         self._refresh = refresh
         self._refill = refill
+        self._revision = revision
         self._poll_s = poll_s
         self._cursor: str | None = None
         self._stop = threading.Event()
@@ -97,7 +101,7 @@ class Feed:
             self._cursor = events[-1].cursor  # only now: a failure above brings the events again
 
     def _refresh_all(self, events: Sequence[Event]) -> None:
-        for key in dict.fromkeys(TaskKey(event.tenant, event.task) for event in events):
+        for key in dict.fromkeys(self._key(event) for event in events if self._is_news(event)):
             try:
                 self._refresh(key)
             except PrefixdError as error:
@@ -105,6 +109,14 @@ class Feed:
                     raise
                 # That one task stays as it was; the others must not wait for its repair.
                 _log.error("%s", error)
+
+    def _is_news(self, event: Event) -> bool:
+        # Revisions begin anew where a task is made again, but its end is told before that.
+        return event.kind != "put" or self._revision(self._key(event)) < event.revision
+
+    @staticmethod
+    def _key(event: Event) -> TaskKey:
+        return TaskKey(event.tenant, event.task)
 
     def _set_health(self, error: PrefixdError | None) -> None:
         was = self._health

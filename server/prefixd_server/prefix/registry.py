@@ -38,7 +38,13 @@ class Registry:
         self._store = store
         self._limits = limits
         self._mirror = Mirror()
-        self._feed = Feed(store, refresh=self._refresh, refill=self._refill, poll_s=poll_s)
+        self._feed = Feed(
+            store,
+            refresh=self._refresh,
+            refill=self._refill,
+            revision=self._revision,
+            poll_s=poll_s,
+        )
 
     def start(self) -> None:
         """Read all tasks, then follow the feed. Raises StoreUnavailable; may be called again."""
@@ -186,6 +192,10 @@ class Registry:
             ticket = self._mirror.ticket()
             if self._mirror.apply(key, self._read(key), ticket):
                 return
+
+    def _revision(self, key: TaskKey) -> int:
+        record = self._mirror.get(key)
+        return record.revision if record else 0
 
     def _read(self, key: TaskKey) -> TaskRecord | None:
         try:
