@@ -1,9 +1,13 @@
-"""The C++ kernels' backend against dense attention in float64 and against the reference backend."""
+"""The C++ kernels' backend against dense attention in float64 and against the reference backend,
+with each instruction set's kernels."""
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
 import pytest
@@ -15,6 +19,7 @@ from torch import Tensor
 from prefixd_server.attention import CrossSpan, LayerOptions, SequenceSpan, create_backend, native
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.native import kernels
+from prefixd_server.native.build import default_folder, library
 from tests.attention.test_sdpa import (
     LAYER,
     Case,
@@ -45,6 +50,19 @@ heads = st.builds(
     dim=st.sampled_from([1, 8, 20, 48, 64, 80, 128]),
 )
 pages_of_any_size = st.sampled_from([1, 3, 5, 16])
+
+
+@pytest.fixture(autouse=True, scope="module", params=["avx512", "avx2", "generic"])
+def isa(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A copy of the library, which chooses its kernels anew."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with patch.dict(os.environ, PREFIXD_NATIVE_ISA=request.param):
+        copy = shutil.copy(library(default_folder()), folder / "kernels.so")
+        loaded = kernels.Kernels(ctypes.CDLL(copy))
+    if loaded.gemm.isa != request.param:
+        pytest.skip(f"this CPU has no {request.param}")
+    with patch.object(kernels, "load", lambda: loaded):
+        yield
 
 
 def make_step(case: Case, heads: Heads) -> Step:

@@ -7,17 +7,10 @@
 //
 // `attend` and `store` are called by all threads of a team; each ends with a barrier.
 
-#pragma once
-
-#include <omp.h>
-
-#include <vector>
-
-#include "simd.h"
-
 namespace {
 
-constexpr int KEYS = 64;  // keys of a block
+constexpr int KEYS = 128;  // of a block
+constexpr int MOST_VECTORS = 2;  // of rows
 constexpr int FEW_ROWS = 8;  // up to here, a vector holds a row's dimensions instead of rows
 constexpr int FEW_ROWS_KEYS = 256;  // of a block then: only scores are kept, not vectors of them
 
@@ -87,15 +80,22 @@ typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 
 // The sums of four vectors.
 INLINE Vec4 sums_of(Vec a, Vec b, Vec c, Vec d) {
+#if LANES == 16
     const IntVec low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
-    const IntVec high = low + 2;
     const IntVec first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-    const Vec ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-    const Vec cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+#elif LANES == 8
+    const IntVec low = {0, 8, 1, 9, 4, 12, 5, 13}, first = {0, 1, 8, 9, 4, 5, 12, 13};
+#else
+    const IntVec low = {0, 4, 1, 5}, first = {0, 1, 4, 5};
+#endif
+    const Vec ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + 2);
+    const Vec cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, low + 2);
     const Vec all = __builtin_shuffle(ab, cd, first) + __builtin_shuffle(ab, cd, first + 2);
-    Vec4 quarters[4];
+    Vec4 quarters[LANES / 4];
     std::memcpy(quarters, &all, sizeof quarters);
-    return quarters[0] + quarters[1] + (quarters[2] + quarters[3]);
+    Vec4 sum = quarters[0];
+    for (int i = 1; i < LANES / 4; i++) sum += quarters[i];
+    return sum;
 }
 
 // value = value * shrink + weights . values[at] of each head, VECTORS vectors of it.
@@ -214,93 +214,122 @@ INLINE void few_rows(const Step& step, const Layer& layer, const Part& part, int
     }
 }
 
-// Many rows: a vector holds one number of 16 rows, and a key's dimensions are broadcast.
-template <int DIM>
+// Many rows, up to VECTORS times LANES: a vector holds one number of as many rows, and a key's
+// dimensions are broadcast, once for all of them.
+template <int DIM, int VECTORS>
 INLINE void many_rows(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
                       int32_t first, int32_t end, float* results, float* scratch) {
     const int32_t dim = DIM ? DIM : layer.dim, group = layer.heads / layer.kv_heads;
-    constexpr int TILE = 8;
-    Vec* query = (Vec*)scratch;  // [D][16]
-    Vec* value = query + dim;    // [D][16]
-    alignas(64) Vec scores[KEYS];
-    alignas(64) int32_t see_first[LANES] = {}, see_end[LANES] = {};
-    int32_t first_key = part.end_key, end_key = part.first_key;
+    constexpr int TILE = LANES == 16 ? 8 : 4;  // such that its sums stay in registers
+    constexpr int ROWS = VECTORS * LANES;
+    typedef Vec Rows[VECTORS];
+    Rows* query = (Rows*)scratch;  // [D]
+    Rows* value = query + dim;     // [D]
+    alignas(64) Rows scores[KEYS];
+    alignas(64) int32_t see_first[ROWS] = {}, see_end[ROWS] = {};
+    int32_t first_key = part.end_key, end_key = part.first_key;  // that any row sees
+    int32_t all_from = part.first_key, all_until = part.end_key;  // that all of them see
     const int32_t count = end - first;
     std::fill((float*)query, (float*)(value + dim), 0.f);
     for (int32_t lane = 0; lane < count; lane++) {
         const int64_t token = step.rows[part.first_row + (first + lane) / group];
         const int32_t head = kv_head * group + (first + lane) % group;
         const float* from = layer.query + token * layer.query_token + head * layer.query_head;
-        for (int32_t d = 0; d < dim; d++) ((float*)query)[d * LANES + lane] = from[d];
+        for (int32_t d = 0; d < dim; d++) ((float*)(query + d))[lane] = from[d];
         const Range seen = seen_by(step.query_index[token], part, layer.window);
         see_first[lane] = seen.first;
         see_end[lane] = seen.end;
         first_key = std::min(first_key, seen.first);
         end_key = std::max(end_key, seen.end);
+        all_from = std::max(all_from, seen.first);
+        all_until = std::min(all_until, seen.end);
     }
-    IntVec lows, ends;
-    std::memcpy(&lows, see_first, sizeof lows);
-    std::memcpy(&ends, see_end, sizeof ends);
-    Vec highest = splat(NEVER), sum{};
+    IntVec lows[VECTORS], ends[VECTORS];
+    std::memcpy(lows, see_first, sizeof lows);
+    std::memcpy(ends, see_end, sizeof ends);
+    Rows highest, sum = {};
+    UNROLL for (int v = 0; v < VECTORS; v++) highest[v] = splat(NEVER);
     for (int32_t block = first_key; block < end_key; block += KEYS) {
         const int32_t keys = std::min(KEYS, end_key - block);
         int64_t at[KEYS];
         locate(step, layer, part, kv_head, block, keys, KEYS, at);
         for (int32_t j = 0; j < keys; j += TILE) {
-            Vec tile[TILE] = {};
+            Rows tile[TILE] = {};
             const float* from[TILE];
-            for (int i = 0; i < TILE; i++) from[i] = layer.keys + at[j + i];
+            UNROLL for (int i = 0; i < TILE; i++) from[i] = layer.keys + at[j + i];
             for (int32_t d = 0; d < dim; d++)
-                for (int i = 0; i < TILE; i++) tile[i] += query[d] * from[i][d];
-            for (int i = 0; i < TILE; i++) scores[j + i] = tile[i] * layer.scaling;
+                UNROLL for (int i = 0; i < TILE; i++)
+                    UNROLL for (int v = 0; v < VECTORS; v++) tile[i][v] += query[d][v] * from[i][d];
+            UNROLL for (int i = 0; i < TILE; i++)
+                UNROLL for (int v = 0; v < VECTORS; v++) scores[j + i][v] = tile[i][v] * layer.scaling;
         }
         if (layer.softcap > 0)
-            for (int32_t i = 0; i < keys * LANES; i++) {
+            for (int32_t i = 0; i < keys * ROWS; i++) {
                 float* score = (float*)scores + i;
                 *score = layer.softcap * std::tanh(*score / layer.softcap);
             }
-        Vec now = highest;
-        for (int32_t j = 0; j < keys; j++) {
-            const IntVec key = (block + j) - IntVec{};
-            scores[j] = (key >= lows) & (key < ends) ? scores[j] : splat(NEVER);
-            now = scores[j] > now ? scores[j] : now;
+        const bool all_seen = block >= all_from && block + keys <= all_until;
+        Rows shrink;
+        for (int v = 0; v < VECTORS; v++) {
+            Vec now = highest[v];
+            for (int32_t j = 0; j < keys; j++) {
+                const IntVec key = (block + j) - IntVec{};
+                if (!all_seen)
+                    scores[j][v] = (key >= lows[v]) & (key < ends[v]) ? scores[j][v] : splat(NEVER);
+                now = scores[j][v] > now ? scores[j][v] : now;
+            }
+            // Rows that have seen nothing yet have no maximum: -inf - -inf is not a number.
+            const Vec base = now == splat(NEVER) ? splat(0.f) : now;
+            shrink[v] = highest[v] == splat(NEVER) ? splat(0.f) : exp_negative(highest[v] - base);
+            sum[v] *= shrink[v];
+            for (int32_t j = 0; j < keys; j++) {
+                const Vec weight = exp_negative(scores[j][v] - base);
+                scores[j][v] = scores[j][v] == splat(NEVER) ? splat(0.f) : weight;
+                sum[v] += scores[j][v];
+            }
+            highest[v] = now;
         }
-        // Rows that have seen nothing yet have no maximum: -inf - -inf is not a number.
-        const Vec base = now == splat(NEVER) ? splat(0.f) : now;
-        const Vec shrink = highest == splat(NEVER) ? splat(0.f) : exp_negative(highest - base);
-        sum *= shrink;
-        for (int32_t j = 0; j < keys; j++) {
-            const Vec weight = exp_negative(scores[j] - base);
-            scores[j] = scores[j] == splat(NEVER) ? splat(0.f) : weight;
-            sum += scores[j];
-        }
-        highest = now;
         int32_t d = 0;
         for (; d + TILE <= dim; d += TILE) {
-            Vec tile[TILE];
-            for (int i = 0; i < TILE; i++) tile[i] = value[d + i] * shrink;
+            Rows tile[TILE];
+            UNROLL for (int i = 0; i < TILE; i++)
+                UNROLL for (int v = 0; v < VECTORS; v++) tile[i][v] = value[d + i][v] * shrink[v];
             for (int32_t j = 0; j < keys; j++) {
                 const float* from = layer.values + at[j] + d;
-                for (int i = 0; i < TILE; i++) tile[i] += scores[j] * from[i];
+                UNROLL for (int i = 0; i < TILE; i++)
+                    UNROLL for (int v = 0; v < VECTORS; v++) tile[i][v] += scores[j][v] * from[i];
             }
-            for (int i = 0; i < TILE; i++) value[d + i] = tile[i];
+            UNROLL for (int i = 0; i < TILE; i++)
+                UNROLL for (int v = 0; v < VECTORS; v++) value[d + i][v] = tile[i][v];
         }
-        for (; d < dim; d++) {
-            Vec one = value[d] * shrink;
-            for (int32_t j = 0; j < keys; j++) one += scores[j] * layer.values[at[j] + d];
-            value[d] = one;
-        }
+        for (; d < dim; d++)
+            UNROLL for (int v = 0; v < VECTORS; v++) {
+                Vec one = value[d][v] * shrink[v];
+                for (int32_t j = 0; j < keys; j++) one += scores[j][v] * layer.values[at[j] + d];
+                value[d][v] = one;
+            }
     }
     for (int32_t lane = 0; lane < count; lane++) {
         const int64_t row = part.first_row + (first + lane) / group;
         float* result = result_of(results, layer, row, kv_head * group + (first + lane) % group);
-        result[0] = ((float*)&highest)[lane];
-        result[1] = ((float*)&sum)[lane];
-        for (int32_t d = 0; d < dim; d++) result[2 + d] = ((float*)value)[d * LANES + lane];
+        result[0] = ((float*)highest)[lane];
+        result[1] = ((float*)sum)[lane];
+        for (int32_t d = 0; d < dim; d++) result[2 + d] = ((float*)(value + d))[lane];
     }
 }
 
-FOR_EACH_CPU
+template <int VECTORS>
+INLINE void many_rows(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
+                      int32_t first, int32_t end, float* results, float* scratch) {
+    if (layer.dim == 64)
+        many_rows<64, VECTORS>(step, layer, part, kv_head, first, end, results, scratch);
+    else if (layer.dim == 128)
+        many_rows<128, VECTORS>(step, layer, part, kv_head, first, end, results, scratch);
+    else
+        many_rows<0, VECTORS>(step, layer, part, kv_head, first, end, results, scratch);
+}
+
+TARGET
 void attend_part(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
                  float* results, float* scratch) {
     const int32_t group = layer.heads / layer.kv_heads;
@@ -311,18 +340,18 @@ void attend_part(const Step& step, const Layer& layer, const Part& part, int32_t
         else few_rows<0>(step, layer, part, kv_head, results);
         return;
     }
-    for (int32_t first = 0; first < rows; first += LANES) {
-        const int32_t end = std::min(rows, first + LANES);
-        if (layer.dim == 64)
-            many_rows<64>(step, layer, part, kv_head, first, end, results, scratch);
-        else if (layer.dim == 128)
-            many_rows<128>(step, layer, part, kv_head, first, end, results, scratch);
+    for (int32_t first = 0; first < rows;) {
+        const bool one = rows - first <= LANES;
+        const int32_t end = std::min(rows, first + (one ? 1 : MOST_VECTORS) * LANES);
+        if (one)
+            many_rows<1>(step, layer, part, kv_head, first, end, results, scratch);
         else
-            many_rows<0>(step, layer, part, kv_head, first, end, results, scratch);
+            many_rows<MOST_VECTORS>(step, layer, part, kv_head, first, end, results, scratch);
+        first = end;
     }
 }
 
-FOR_EACH_CPU
+TARGET
 void merge(const int32_t* parts, int32_t num_parts, const Layer& layer, int32_t head,
            const float* results, float* output) {
     const int64_t size = layer.dim + 2;
@@ -344,7 +373,7 @@ INLINE void attend(const Step& step, const Layer& layer, int32_t num_parts,
                    const int32_t* token_first, const int32_t* token_rows, int64_t tokens,
                    float* results, float* output) {
     static thread_local std::vector<float> scratch;
-    scratch.resize(size_t(2 * layer.dim + 1) * LANES);
+    scratch.resize(size_t(2 * layer.dim + 1) * MOST_VECTORS * LANES);
     float* aligned = (float*)((uintptr_t(scratch.data()) + 63) & ~uintptr_t(63));
     if (num_parts >= 4 * omp_get_num_threads()) {
         // A part's heads lie beside each other: one thread reads them.

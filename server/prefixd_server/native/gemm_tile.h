@@ -167,6 +167,15 @@ KERNEL(generic, 4, )
 constexpr Kernels GENERIC = {
     "generic", 4 * VECTORS, 4, {FOUR_ROWS(generic, 1, 1)}, {FOUR_ROWS(generic, 1, 4)}};
 
+#if defined(__x86_64__)
+// All of x86-64-v4, which the other kernels are compiled for.
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // The best of this CPU, or no better than $PREFIXD_NATIVE_ISA names.
 const Kernels& choose() {
     const char* variable = std::getenv("PREFIXD_NATIVE_ISA");
@@ -174,7 +183,7 @@ const Kernels& choose() {
 #if defined(__x86_64__)
     const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool below = !std::strcmp(most, AVX2.name), least = !std::strcmp(most, GENERIC.name);
-    if (!below && !least && __builtin_cpu_supports("avx512f")) return AVX512;
+    if (!below && !least && has_avx512()) return AVX512;
     if (!least && fma) return AVX2;
 #endif
     return GENERIC;

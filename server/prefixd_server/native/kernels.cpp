@@ -1,72 +1,44 @@
-// What Python calls, by ctypes. Each function runs in a team of OpenMP threads of its own.
+// The kernels, once for each instruction set: Python calls `prefixd_<function>_<isa>` of the best.
+//
+// The headers below have no includes and no guards, as each is included once a set, in a namespace
+// of its own. What is not TARGET is inlined into what is, or has no vectors.
 
-#include "attention.h"
-#include "pointwise.h"
-#include "program.h"
+#include <omp.h>
 
-extern "C" {
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
 
-// As `store`, on the caller's thread.
-void prefixd_store(const float* key, int64_t key_token, int64_t key_head, const float* value,
-                   int64_t value_token, int64_t value_head, const int64_t* slots, int64_t tokens,
-                   int32_t kv_heads, int32_t dim, float* keys, float* values) {
-    store(key, key_token, key_head, value, value_token, value_head, slots, tokens, kv_heads, dim,
-          keys, values);
-}
+#include "gemm.h"
 
-// results: workspace [rows, H, D + 2]; output: [T, H, D]; token_parts: for token t, the rows
-// token_rows[token_first[t] : token_first[t + 1]].
-void prefixd_attend(const float* query, int64_t query_token, int64_t query_head, const float* keys,
-                    const float* values, int32_t heads, int32_t kv_heads, int32_t dim,
-                    float scaling, float softcap, int32_t window, const int32_t* parts,
-                    int32_t num_parts, const int32_t* pages, const int32_t* rows,
-                    const int32_t* query_index, int32_t page_size, const int32_t* token_first,
-                    const int32_t* token_rows, int64_t tokens, float* results, float* output) {
-    const Step step{(const Part*)parts, pages, rows, query_index, page_size};
-    const Layer layer{query, query_token, query_head, keys,    values, heads,
-                      kv_heads, dim,      scaling,    softcap, window};
-#pragma omp parallel
-    attend(step, layer, num_parts, token_first, token_rows, tokens, results, output);
-}
+#define JOINED(function, isa) prefixd_##function##_##isa
+#define EXPANDED(function, isa) JOINED(function, isa)
+#define NAME(function) EXPANDED(function, ISA)
 
-// x * sigmoid(slope * (x + cubic * x^3)) of [rows, size], whose rows are `stride` apart: SiLU with
-// slope 1 and cubic 0, GELU by tanh with sqrt(8 / pi) and 0.044715. `to` is contiguous.
-void prefixd_activate(const float* from, int64_t stride, float slope, float cubic, int64_t rows,
-                      int64_t size, float* to) {
-#pragma omp parallel for schedule(static) if (rows * size > 16384)
-    for (int64_t r = 0; r < rows; r++)
-        activate(from + r * stride, slope, cubic, size, to + r * size);
-}
+#if defined(__x86_64__)
 
-// Rotate [T, H, D] with strides by cosine and sine [T, D]; `to` is contiguous.
-void prefixd_rotate(const float* from, int64_t from_token, int64_t from_head, const float* cosine,
-                    const float* sine, int64_t tokens, int64_t heads, int64_t dim, float* to) {
-#pragma omp parallel for schedule(static) if (tokens * heads * dim > 131072)
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < heads; h++)
-            rotate(from + t * from_token + h * from_head, cosine + t * dim, sine + t * dim, dim,
-                   to + (t * heads + h) * dim);
-}
+#define ISA avx512
+#define LANES 16
+#define TARGET __attribute__((target("arch=x86-64-v4")))
+#include "one_isa.h"
+#undef ISA
+#undef LANES
+#undef TARGET
 
-// For each row of logits [rows, size]: where the largest is, the largest, and log(sum(e^x)).
-void prefixd_peaks(const float* logits, int64_t rows, int64_t size, int64_t* at, float* largest,
-                   float* log_sums) {
-#pragma omp parallel for schedule(static) if (rows * size > 65536)
-    for (int64_t r = 0; r < rows; r++) peak(logits + r * size, size, at + r, largest + r, log_sums + r);
-}
+#define ISA avx2
+#define LANES 8
+#define TARGET __attribute__((target("arch=x86-64-v3")))
+#include "one_isa.h"
+#undef ISA
+#undef LANES
+#undef TARGET
 
-// Root-mean-square normalisation of [rows, size]; `plus` is 1 where the weight is stored less one.
-void prefixd_rms_norm(const float* from, const float* weight, float plus, float epsilon,
-                      int64_t rows, int64_t size, float* to) {
-#pragma omp parallel for schedule(static) if (rows * size > 65536)
-    for (int64_t r = 0; r < rows; r++)
-        normalise(from + r * size, weight, plus, epsilon, size, to + r * size);
-}
+#endif
 
-// A whole forward pass, see program.h.
-void prefixd_run(const Op* ops, int64_t num_ops, const Run* run) {
-#pragma omp parallel
-    execute_all(ops, num_ops, *run);
-}
-
-}  // extern "C"
+#define ISA generic
+#define LANES 4
+#define TARGET
+#include "one_isa.h"

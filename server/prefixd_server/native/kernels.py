@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -106,14 +106,14 @@ class Kernels:
         self.gemm = Gemm(library)
         tensor = c_void_p
         self._store = bind(
-            library.prefixd_store,
+            self.function("store"),
             [
                 tensor, c_int64, c_int64, tensor, c_int64, c_int64, tensor, c_int64,
                 c_int32, c_int32, tensor, tensor,
             ],
         )  # fmt: skip
         self._attend = bind(
-            library.prefixd_attend,
+            self.function("attend"),
             [
                 tensor, c_int64, c_int64, tensor, tensor, c_int32, c_int32, c_int32,
                 c_float, c_float, c_int32, tensor, c_int32, tensor, tensor, tensor, c_int32,
@@ -121,19 +121,23 @@ class Kernels:
             ],
         )  # fmt: skip
         self._rms_norm = bind(
-            library.prefixd_rms_norm,
+            self.function("rms_norm"),
             [tensor, tensor, c_float, c_float, c_int64, c_int64, tensor],
         )
 
         self._rotate = bind(
-            library.prefixd_rotate,
+            self.function("rotate"),
             [tensor, c_int64, c_int64, tensor, tensor, c_int64, c_int64, c_int64, tensor],
         )
         self._activate = bind(
-            library.prefixd_activate,
+            self.function("activate"),
             [tensor, c_int64, c_float, c_float, c_int64, c_int64, tensor],
         )
-        self._peaks = bind(library.prefixd_peaks, [tensor, c_int64, c_int64, *[tensor] * 3])
+        self._peaks = bind(self.function("peaks"), [tensor, c_int64, c_int64, *[tensor] * 3])
+
+    def function(self, name: str) -> Any:
+        """For the instruction set that the products use."""
+        return getattr(self.library, f"prefixd_{name}_{self.gemm.isa}")
 
     def store(self, key: Tensor, value: Tensor, slots: int, keys: Tensor, values: Tensor) -> None:
         """Write key and value [T, H_kv, D] to their slots of [num_slots, H_kv, D]; ``slots`` is the

@@ -1,15 +1,6 @@
 // What attention is about to read, for products to fetch into the cache while they compute: they
 // leave most of the memory's bandwidth idle, and attention waits for nothing else.
 
-#pragma once
-
-#include <omp.h>
-
-#include <vector>
-
-#include "attention.h"
-#include "gemm.h"
-
 namespace {
 
 class Lookahead {

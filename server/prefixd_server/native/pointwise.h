@@ -1,14 +1,10 @@
 // What stands between the matrix products, one row at a time.
 
-#pragma once
-
-#include "simd.h"
-
 namespace {
 
 // Where the first largest of a row of logits is, the largest, and log(sum(e^x)). NaN and +inf give
 // a sum of NaN.
-FOR_EACH_CPU
+TARGET
 void peak(const float* logits, int64_t size, int64_t* at, float* largest, float* log_sum) {
     constexpr int64_t CHUNK = 1024;  // stays in L1 between the two passes
     float highest = NEVER, sum = 0;
@@ -45,7 +41,7 @@ void peak(const float* logits, int64_t size, int64_t* at, float* largest, float*
 }
 
 // Turn one head by rotary angles, halves as Llama has them; cosine and sine [D].
-FOR_EACH_CPU
+TARGET
 void rotate(const float* from, const float* cosine, const float* sine, int64_t dim, float* to) {
     const int64_t half = dim / 2;
     for (int64_t d = 0; d < half; d++) {
@@ -62,7 +58,7 @@ INLINE Vec gated(Vec x, float slope, float cubic) {
     return x * (z < 0 ? small * share : share);
 }
 
-FOR_EACH_CPU
+TARGET
 void activate(const float* from, float slope, float cubic, int64_t size, float* to) {
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES)
@@ -74,7 +70,7 @@ void activate(const float* from, float slope, float cubic, int64_t size, float* 
     std::memcpy(to + i, &rest, (size - i) * sizeof(float));
 }
 
-FOR_EACH_CPU
+TARGET
 void normalise(const float* from, const float* weight, float plus, float epsilon, int64_t size,
                float* to) {
     Vec squares{};
@@ -86,7 +82,7 @@ void normalise(const float* from, const float* weight, float plus, float epsilon
     for (i = 0; i < size; i++) to[i] = from[i] * scale * (weight[i] + plus);
 }
 
-FOR_EACH_CPU
+TARGET
 void centre(const float* from, const float* weight, const float* bias, float epsilon, int64_t size,
             float* to) {
     Vec sums{}, squares{};

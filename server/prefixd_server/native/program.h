@@ -3,15 +3,6 @@
 // An operation reads and writes ranges of columns of row-major buffers, one row a token. The buffers
 // lie in one arena; their places are given for one row and grow with the number of rows.
 
-#pragma once
-
-#include <omp.h>
-
-#include "attention.h"
-#include "gemm.h"
-#include "lookahead.h"
-#include "pointwise.h"
-
 namespace {
 
 enum Kind : int64_t {
@@ -60,17 +51,17 @@ INLINE float* at(const Operand& operand, const Run& run) {
     return run.arena + operand.place * run.tokens + operand.offset;
 }
 
-FOR_EACH_CPU
+TARGET
 void add(const float* a, const float* b, int64_t size, float* to) {
     for (int64_t i = 0; i < size; i++) to[i] = a[i] + b[i];
 }
 
-FOR_EACH_CPU
+TARGET
 void multiply(const float* a, const float* b, int64_t size, float* to) {
     for (int64_t i = 0; i < size; i++) to[i] = a[i] * b[i];
 }
 
-FOR_EACH_CPU
+TARGET
 void scale(const float* a, float by, int64_t size, float* to) {
     for (int64_t i = 0; i < size; i++) to[i] = a[i] * by;
 }

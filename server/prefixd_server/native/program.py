@@ -143,7 +143,7 @@ class Program:
 
     def __init__(self, kernels: Kernels, operations: Sequence[Operation]) -> None:
         """The last operation writes the logits [kept, V]."""
-        self._execute = bind(kernels.library.prefixd_run, [POINTER(_Op), c_int64, POINTER(_Run)])
+        self._execute = bind(kernels.function("run"), [POINTER(_Op), c_int64, POINTER(_Run)])
         self.operations = list(operations)
         self._logits = operations[-1].output.buffer
         self._places, self._row_size = _arrange(self.operations, self._logits)

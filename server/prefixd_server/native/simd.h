@@ -1,23 +1,10 @@
-// Vectors of 16 floats for every CPU: GCC's vector extensions, cloned for AVX-512, AVX2 and the rest.
+// Vectors of LANES floats, as many as a register of the instruction set holds, by GCC's extensions.
 
-#pragma once
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-
-#if defined(__x86_64__)
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
