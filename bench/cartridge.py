@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "smoke": Size(1, 512, 8, (1, 4), 1 << 30),
-    "full": Size(3, 2048, 32, (1, 4, 32), 7 << 29),
+    "full": Size(3, 2048, 64, (1, 4, 32), 7 << 29),
 }
 
 
