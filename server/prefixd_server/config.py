@@ -65,7 +65,10 @@ class SchedulerConfig(_Section):
         None, ge=1, description="tokens in a step, decodes first; default: 512, on CUDA 2048"
     )
     max_prefill_tokens: int | None = Field(
-        None, ge=1, description="of prompts, in a step with decodes; default: 128, on CUDA 512"
+        None,
+        ge=1,
+        description="of prompts, in a step with decodes; more where several prompts wait for each "
+        "decode; default: 128, on CUDA 512",
     )
     max_queue: int = Field(1024, ge=1, description="waiting sequences before 429")
 
