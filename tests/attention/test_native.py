@@ -3,10 +3,7 @@ with each instruction set's kernels."""
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
@@ -19,7 +16,6 @@ from torch import Tensor
 from prefixd_server.attention import CrossSpan, LayerOptions, SequenceSpan, create_backend, native
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.native import kernels
-from prefixd_server.native.build import default_folder, library
 from tests.attention.test_sdpa import (
     LAYER,
     Case,
@@ -32,6 +28,7 @@ from tests.attention.test_sdpa import (
     options,
     slot,
 )
+from tests.support.isa import ISAS, kernels_of
 from tests.support.threads import one_thread
 
 __all__ = ["one_thread"]
@@ -52,15 +49,9 @@ heads = st.builds(
 pages_of_any_size = st.sampled_from([1, 3, 5, 16])
 
 
-@pytest.fixture(autouse=True, scope="module", params=["avx512", "avx2", "generic"])
+@pytest.fixture(autouse=True, scope="module", params=ISAS)
 def isa(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A copy of the library, which chooses its kernels anew."""
-    folder = tmp_path_factory.mktemp(request.param)
-    with patch.dict(os.environ, PREFIXD_NATIVE_ISA=request.param):
-        copy = shutil.copy(library(default_folder()), folder / "kernels.so")
-        loaded = kernels.Kernels(ctypes.CDLL(copy))
-    if loaded.gemm.isa != request.param:
-        pytest.skip(f"this CPU has no {request.param}")
+    loaded = kernels_of(request.param, tmp_path_factory.mktemp(request.param))
     with patch.object(kernels, "load", lambda: loaded):
         yield
 

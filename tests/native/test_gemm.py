@@ -3,8 +3,6 @@ instruction set's kernels."""
 
 from __future__ import annotations
 
-import ctypes
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,8 @@ from torch import Tensor
 
 from prefixd_server.models.quantized import restored
 from prefixd_server.native import kernels
-from prefixd_server.native.build import default_folder, library
 from prefixd_server.native.gemm import GROUP, Gemm, PackedWeight
+from tests.support.isa import ISAS, kernels_of
 from tests.support.threads import one_thread
 
 __all__ = ["one_thread"]
@@ -29,15 +27,9 @@ DEEP = 2500
 """more than a panel's depth, twice"""
 
 
-@pytest.fixture(params=["avx512", "avx2", "generic"])
-def gemm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gemm:
-    """A copy of the library, which chooses its kernels anew."""
-    monkeypatch.setenv("PREFIXD_NATIVE_ISA", request.param)
-    copy = shutil.copy(library(default_folder()), tmp_path / f"{request.param}.so")
-    made = Gemm(ctypes.CDLL(copy))
-    if made.isa != request.param:
-        pytest.skip(f"this CPU has no {request.param}")
-    return made
+@pytest.fixture(params=ISAS)
+def gemm(request: pytest.FixtureRequest, tmp_path: Path) -> Gemm:
+    return kernels_of(request.param, tmp_path).gemm
 
 
 @pytest.fixture(params=["float32", "int8"])

@@ -1,7 +1,7 @@
 """Logits to tokens, for a whole batch at once; every row has its own parameters.
 
-A row that is plain greedy costs an argmax and its share of one logsumexp. Whatever else a
-row asks for runs on the sub-batch of the rows that ask for it: ``penalties`` moves the logits,
+A row that is plain greedy costs an argmax and its share of one logsumexp. Whatever else a row asks
+for runs on the sub-batch of the rows that ask for it: ``penalties`` moves the logits,
 ``sampling_filters`` makes the distribution and draws from it.
 
 Order: logit bias, repetition penalty, presence and frequency penalties, minimum length,
