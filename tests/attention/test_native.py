@@ -71,12 +71,17 @@ def reference(step: Step, options: LayerOptions) -> Tensor:
     page_size=pages_of_any_size,
     heads=heads,
     options=options,
-    longest_part=st.sampled_from([7, 16, 512]),
+    longest_part=st.sampled_from([7, 16, 1024]),
 )
 def test_ragged_steps_match_dense_attention(
     case: Case, page_size: int, heads: Heads, options: LayerOptions, longest_part: int
 ) -> None:
-    with patch.object(native, "_LONGEST_PART", longest_part):
+    with patch.multiple(
+        native,
+        _LONGEST_PART=longest_part,
+        _LONGEST_PART_OF_MANY=longest_part,
+        _SHORTEST_PART_OF_MANY=min(longest_part, 128),
+    ):
         step = make_step(case._replace(page_size=page_size), heads)
         assert_matches_dense(step, options, TOLERANCE)
 
@@ -115,6 +120,33 @@ def test_lists_longer_than_a_part(window: int | None) -> None:
     """Also where the window has left some parts of a list, a whole prefix, or all but one key."""
     step = make_step(LONG, Heads(kv=2, group=2, dim=16))
     assert_matches_dense(step, LayerOptions(0.25, window), TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [None, 1, 150])
+@pytest.mark.parametrize("dim", [20, 64])
+def test_more_rows_than_take_turns_over_a_block(dim: int, window: int | None) -> None:
+    """Several sets of full tiles, a rest of less than one, over blocks that only some rows see."""
+    prompts = [Spec(None, 0, 301), Spec(0, 0, 130), Spec(0, 7, 47)]
+    step = make_step(Case(16, [290], prompts, seed=4), Heads(kv=1, group=3, dim=dim))
+    assert_matches_dense(step, LayerOptions(0.25, window), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("keys", "queries", "lengths"),
+    [
+        (2048, 1, [512] * 4),
+        (2048, 2, [1024, 1024]),
+        (2049, 32, [513, 513, 513, 510]),
+        (300, 32, [150, 150]),
+        (255, 32, [255]),
+        (1, 2, [1]),
+    ],
+)
+def test_keys_of_many_queries_come_in_an_even_number_of_like_parts(
+    keys: int, queries: int, lengths: list[int]
+) -> None:
+    longest = native._longest_part(keys, queries)
+    assert [min(longest, keys - first) for first in range(0, keys, longest)] == lengths
 
 
 @pytest.mark.parametrize("scaling", [1.0, 30.0])

@@ -29,7 +29,11 @@ from prefixd_server.native.kernels import AttentionParts, Kernels
 __all__ = ["NativeBackend", "NativePlan"]
 
 _LONGEST_PART = 512
-"""keys; a longer list becomes several parts, so that all threads have work"""
+"""keys of one query; a longer list becomes several parts, so that all threads have work"""
+_LONGEST_PART_OF_MANY = 1024
+"""keys of several queries, whose parts are of one length and even in number; and not by how many
+threads there are, on which no result may depend"""
+_SHORTEST_PART_OF_MANY = 128
 
 
 class NativeBackend(AttentionBackend):
@@ -115,17 +119,20 @@ def _parts(spans: Sequence[Span], page_size: int, *, grouped: bool) -> Attention
     users = Counter(span.prefix_pages[0] for span in spans if grouped and span.prefix_len)
     shared: dict[int, tuple[Span, list[int]]] = {}  # a prefix -> one of its users, all its queries
 
-    def add(span: Span, queries: Sequence[int], first: int, end: int) -> None:
+    def add(into: list[int], span: Span, queries: Sequence[int], first: int, end: int) -> None:
         """Keys ``first`` … ``end - 1`` of the span's joint sequence, against ``queries``."""
         prefix_page = len(pages)
-        pages.extend(span.prefix_pages)
+        if first < span.prefix_len:
+            pages.extend(span.prefix_pages)
         own_page = len(pages)
-        pages.extend(span.pages)
-        for first_key in range(first, end, _LONGEST_PART):
+        if end > span.prefix_len:
+            pages.extend(span.pages)
+        longest = _longest_part(end - first, len(queries))
+        for first_key in range(first, end, longest):
             first_row = len(rows)
             rows.extend(queries)
-            end_key = min(end, first_key + _LONGEST_PART)
-            parts.extend(
+            end_key = min(end, first_key + longest)
+            into.extend(
                 (first_row, len(rows), prefix_page, span.prefix_len, own_page, first_key, end_key)
             )
 
@@ -139,9 +146,19 @@ def _parts(spans: Sequence[Span], page_size: int, *, grouped: bool) -> Attention
         queries = range(first, len(query_index))
         if span.prefix_len and users[span.prefix_pages[0]] > 1:
             shared.setdefault(span.prefix_pages[0], (span, []))[1].extend(queries)
-            add(span, queries, span.prefix_len, num_keys)
+            add(parts, span, queries, span.prefix_len, num_keys)
         else:
-            add(span, queries, 0, num_keys)
+            add(parts, span, queries, 0, num_keys)
+    most: list[int] = []
     for span, all_queries in shared.values():
-        add(span, all_queries, 0, span.prefix_len)
-    return AttentionParts(parts, pages, rows, query_index, page_size)
+        add(most, span, all_queries, 0, span.prefix_len)
+    # What takes longest is begun first, and head by head, so that threads end together.
+    return AttentionParts(most + parts, pages, rows, query_index, page_size)
+
+
+def _longest_part(keys: int, queries: int) -> int:
+    if queries == 1:
+        return _LONGEST_PART
+    wanted = -(-keys // (2 * _LONGEST_PART_OF_MANY)) * 2
+    parts = max(1, min(wanted, keys // _SHORTEST_PART_OF_MANY))
+    return -(-keys // parts)

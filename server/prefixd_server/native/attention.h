@@ -12,22 +12,21 @@ namespace {
 TARGET
 void attend_part(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
                  float* results, float* scratch) {
-    const int32_t group = layer.heads / layer.kv_heads;
-    const int32_t rows = (part.end_row - part.first_row) * group;
+    const int32_t rows = rows_of(part, layer);
     if (rows <= FEW_ROWS) {
         if (layer.dim == 64) few_rows<64>(step, layer, part, kv_head, results);
         else if (layer.dim == 128) few_rows<128>(step, layer, part, kv_head, results);
         else few_rows<0>(step, layer, part, kv_head, results);
         return;
     }
-    for (int32_t first = 0; first < rows;) {
-        const bool one = rows - first <= LANES;
-        const int32_t end = std::min(rows, first + (one ? 1 : MOST_VECTORS) * LANES);
-        if (one)
-            many_rows<1>(step, layer, part, kv_head, first, end, results, scratch);
+    for (int32_t first = 0; first < rows; first += MOST_ROWS) {
+        const int32_t end = std::min(rows, first + MOST_ROWS);
+        if (layer.dim == 64)
+            many_rows<64>(step, layer, part, kv_head, first, end, results, scratch);
+        else if (layer.dim == 128)
+            many_rows<128>(step, layer, part, kv_head, first, end, results, scratch);
         else
-            many_rows<MOST_VECTORS>(step, layer, part, kv_head, first, end, results, scratch);
-        first = end;
+            many_rows<0>(step, layer, part, kv_head, first, end, results, scratch);
     }
 }
 
@@ -53,20 +52,22 @@ INLINE void attend(const Step& step, const Layer& layer, int32_t num_parts,
                    const int32_t* token_first, const int32_t* token_rows, int64_t tokens,
                    float* results, float* output) {
     static thread_local std::vector<float> scratch;
-    scratch.resize(size_t(2 * layer.dim) * MOST_VECTORS * LANES + 64 / sizeof(float));
+    scratch.resize(size_t(2 * layer.dim) * MOST_ROWS + 64 / sizeof(float));
     float* aligned = (float*)((uintptr_t(scratch.data()) + 63) & ~uintptr_t(63));
-    if (num_parts >= 4 * omp_get_num_threads()) {
-        // A part's heads lie beside each other: one thread reads them.
+    // First what takes long, a head at a time; then whole parts, whose heads lie beside each other,
+    // where they are enough for all threads.
+    const int32_t threads = omp_get_num_threads();
+    int32_t apart = num_parts;
+    if (num_parts >= 4 * threads)
+        for (apart = 0; apart < num_parts && rows_of(step.parts[apart], layer) > FEW_ROWS;) apart++;
+#pragma omp for collapse(2) schedule(dynamic, 1) nowait
+    for (int32_t i = 0; i < apart; i++)
+        for (int32_t h = 0; h < layer.kv_heads; h++)
+            attend_part(step, layer, step.parts[i], h, results, aligned);
 #pragma omp for schedule(dynamic, 1)
-        for (int32_t i = 0; i < num_parts; i++)
-            for (int32_t h = 0; h < layer.kv_heads; h++)
-                attend_part(step, layer, step.parts[i], h, results, aligned);
-    } else {
-#pragma omp for collapse(2) schedule(dynamic, 1)
-        for (int32_t i = 0; i < num_parts; i++)
-            for (int32_t h = 0; h < layer.kv_heads; h++)
-                attend_part(step, layer, step.parts[i], h, results, aligned);
-    }
+    for (int32_t i = apart; i < num_parts; i++)
+        for (int32_t h = 0; h < layer.kv_heads; h++)
+            attend_part(step, layer, step.parts[i], h, results, aligned);
 #pragma omp for collapse(2) schedule(static)
     for (int64_t t = 0; t < tokens; t++)
         for (int32_t h = 0; h < layer.heads; h++)

@@ -2,122 +2,213 @@
 
 namespace {
 
-constexpr int KEYS = 128;  // of a block
-constexpr int MOST_VECTORS = 2;  // of rows
+constexpr int KEYS = 128;        // of a block, which stays in the cache while all tiles use it
+constexpr int MOST_VECTORS = 2;  // of rows, in a tile
+constexpr int MOST_TILES = 4;    // that take turns over a block
+constexpr int MOST_ROWS = MOST_TILES * MOST_VECTORS * LANES;
+constexpr int SUMS = LANES == 16 ? 8 : 4;  // of each vector, such that they stay in registers
+constexpr int LINE = 64 / sizeof(float);   // numbers that are fetched together
 
-// Many rows, up to VECTORS times LANES: a vector holds one number of as many rows, and a key's
-// dimensions are broadcast, once for all of them.
-template <int DIM, int VECTORS>
-INLINE void many_rows(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
-                      int32_t first, int32_t end, float* results, float* scratch) {
-    const int32_t dim = DIM ? DIM : layer.dim, group = layer.heads / layer.kv_heads;
-    constexpr int TILE = LANES == 16 ? 8 : 4;  // such that its sums stay in registers
-    constexpr int ROWS = VECTORS * LANES;
-    typedef Vec Rows[VECTORS];
-    Rows* query = (Rows*)scratch;  // [D]
-    Rows* value = query + dim;     // [D]
-    alignas(64) Rows scores[KEYS];
-    alignas(64) int32_t see_first[ROWS] = {}, see_end[ROWS] = {};
-    int32_t first_key = part.end_key, end_key = part.first_key;  // that any row sees
-    int32_t all_from = part.first_key, all_until = part.end_key;  // that all of them see
-    const int32_t count = end - first;
-    std::fill((float*)query, (float*)(value + dim), 0.f);
-    for (int32_t lane = 0; lane < count; lane++) {
-        const int64_t token = step.rows[part.first_row + (first + lane) / group];
-        const int32_t head = kv_head * group + (first + lane) % group;
+// Up to MOST_VECTORS vectors of rows, and what they have found so far.
+struct Tile {
+    int32_t vectors, first, count;  // its rows
+    float* query;                   // [D, vectors * LANES]
+    float* value;                   // [D, vectors * LANES]
+    Vec highest[MOST_VECTORS], sum[MOST_VECTORS];
+    IntVec see_first[MOST_VECTORS], see_end[MOST_VECTORS];
+    int32_t first_key, end_key;   // that any row sees
+    int32_t all_from, all_until;  // that all of them see
+};
+
+// Keys that follow each other, for one head.
+struct Block {
+    int32_t first, keys;
+    int64_t at[KEYS];
+};
+
+INLINE Tile make_tile(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
+                      int32_t first, int32_t end, float* scratch) {
+    const int32_t group = layer.heads / layer.kv_heads;
+    Tile tile{};
+    tile.vectors = end - first <= LANES ? 1 : MOST_VECTORS;
+    tile.first = first;
+    tile.count = std::min(end - first, tile.vectors * LANES);
+    const int32_t lanes = tile.vectors * LANES;
+    tile.query = scratch;
+    tile.value = scratch + layer.dim * lanes;
+    std::fill(tile.query, tile.value + layer.dim * lanes, 0.f);
+    for (Vec& highest : tile.highest) highest = splat(NEVER);
+    tile.first_key = tile.all_until = part.end_key;
+    tile.end_key = tile.all_from = part.first_key;
+    for (int32_t lane = 0; lane < tile.count; lane++) {
+        const int32_t row = first + lane;
+        const int64_t token = step.rows[part.first_row + row / group];
+        const int32_t head = kv_head * group + row % group;
         const float* from = layer.query + token * layer.query_token + head * layer.query_head;
-        for (int32_t d = 0; d < dim; d++) ((float*)(query + d))[lane] = from[d];
+        for (int32_t d = 0; d < layer.dim; d++) tile.query[d * lanes + lane] = from[d];
         const Range seen = seen_by(step.query_index[token], part, layer.window);
-        see_first[lane] = seen.first;
-        see_end[lane] = seen.end;
-        first_key = std::min(first_key, seen.first);
-        end_key = std::max(end_key, seen.end);
-        all_from = std::max(all_from, seen.first);
-        all_until = std::min(all_until, seen.end);
+        ((int32_t*)tile.see_first)[lane] = seen.first;
+        ((int32_t*)tile.see_end)[lane] = seen.end;
+        tile.first_key = std::min(tile.first_key, seen.first);
+        tile.end_key = std::max(tile.end_key, seen.end);
+        tile.all_from = std::max(tile.all_from, seen.first);
+        tile.all_until = std::min(tile.all_until, seen.end);
     }
-    IntVec lows[VECTORS], ends[VECTORS];
-    std::memcpy(lows, see_first, sizeof lows);
-    std::memcpy(ends, see_end, sizeof ends);
-    Rows highest, sum = {};
-    UNROLL for (int v = 0; v < VECTORS; v++) highest[v] = splat(NEVER);
-    for (int32_t block = first_key; block < end_key; block += KEYS) {
-        const int32_t keys = std::min(KEYS, end_key - block);
-        int64_t at[KEYS];
-        locate(step, layer, part, kv_head, block, keys, KEYS, at);
-        for (int32_t j = 0; j < keys; j += TILE) {
-            Rows tile[TILE] = {};
-            const float* from[TILE];
-            UNROLL for (int i = 0; i < TILE; i++) from[i] = layer.keys + at[j + i];
-            for (int32_t d = 0; d < dim; d++)
-                UNROLL for (int i = 0; i < TILE; i++)
-                    UNROLL for (int v = 0; v < VECTORS; v++) tile[i][v] += query[d][v] * from[i][d];
-            UNROLL for (int i = 0; i < TILE; i++)
-                UNROLL for (int v = 0; v < VECTORS; v++) scores[j + i][v] = tile[i][v] * layer.scaling;
-        }
-        if (layer.softcap > 0)
-            for (int32_t i = 0; i < keys * ROWS; i++) {
-                float* score = (float*)scores + i;
-                *score = layer.softcap * std::tanh(*score / layer.softcap);
-            }
-        const bool all_seen = block >= all_from && block + keys <= all_until;
-        Rows shrink;
-        for (int v = 0; v < VECTORS; v++) {
-            Vec now = highest[v];
-            for (int32_t j = 0; j < keys; j++) {
-                const IntVec key = (block + j) - IntVec{};
-                if (!all_seen)
-                    scores[j][v] = (key >= lows[v]) & (key < ends[v]) ? scores[j][v] : splat(NEVER);
-                now = scores[j][v] > now ? scores[j][v] : now;
-            }
-            // Rows that have seen nothing yet have no maximum: -inf - -inf is not a number.
-            const Vec base = now == splat(NEVER) ? splat(0.f) : now;
-            shrink[v] = highest[v] == splat(NEVER) ? splat(0.f) : exp_negative(highest[v] - base);
-            sum[v] *= shrink[v];
-            for (int32_t j = 0; j < keys; j++) {
-                const Vec weight = exp_negative(scores[j][v] - base);
-                scores[j][v] = scores[j][v] == splat(NEVER) ? splat(0.f) : weight;
-                sum[v] += scores[j][v];
-            }
-            highest[v] = now;
-        }
-        int32_t d = 0;
-        for (; d + TILE <= dim; d += TILE) {
-            Rows tile[TILE];
-            UNROLL for (int i = 0; i < TILE; i++)
-                UNROLL for (int v = 0; v < VECTORS; v++) tile[i][v] = value[d + i][v] * shrink[v];
-            for (int32_t j = 0; j < keys; j++) {
-                const float* from = layer.values + at[j] + d;
-                UNROLL for (int i = 0; i < TILE; i++)
-                    UNROLL for (int v = 0; v < VECTORS; v++) tile[i][v] += scores[j][v] * from[i];
-            }
-            UNROLL for (int i = 0; i < TILE; i++)
-                UNROLL for (int v = 0; v < VECTORS; v++) value[d + i][v] = tile[i][v];
-        }
-        for (; d < dim; d++)
-            UNROLL for (int v = 0; v < VECTORS; v++) {
-                Vec one = value[d][v] * shrink[v];
-                for (int32_t j = 0; j < keys; j++) one += scores[j][v] * layer.values[at[j] + d];
-                value[d][v] = one;
-            }
-    }
-    for (int32_t lane = 0; lane < count; lane++) {
-        const int64_t row = part.first_row + (first + lane) / group;
-        float* result = result_of(results, layer, row, kv_head * group + (first + lane) % group);
-        result[0] = ((float*)highest)[lane];
-        result[1] = ((float*)sum)[lane];
-        for (int32_t d = 0; d < dim; d++) result[2 + d] = ((float*)(value + d))[lane];
+    return tile;
+}
+
+// What a tile fetches of the next block while it works on this one: all tiles together the whole
+// block, evenly, as memory would otherwise wait and then be waited for.
+struct Ahead {
+    const Block& next;
+    int32_t turn, turns;  // which tile of how many
+};
+
+// The tile's share of the keys or values `done` to `until`, of KEYS.
+INLINE void fetch(const Ahead& ahead, const float* from, int32_t dim, int32_t done, int32_t until) {
+    const int32_t first = (ahead.turn * KEYS + done) / ahead.turns;
+    const int32_t end = std::min(ahead.next.keys, (ahead.turn * KEYS + until) / ahead.turns);
+    for (int32_t j = first; j < end; j++)
+        for (int32_t d = 0; d < dim; d += LINE) __builtin_prefetch(from + ahead.next.at[j] + d);
+}
+
+// scores[j] = key j . query for all rows: a key's number is broadcast once for all vectors.
+template <int DIM, int VECTORS>
+INLINE void score(const Layer& layer, const Tile& tile, const Block& block, const Ahead& ahead,
+                  Vec (*scores)[VECTORS]) {
+    const int32_t dim = DIM ? DIM : layer.dim;
+    const auto query = (const Vec(*)[VECTORS])tile.query;
+    for (int32_t j = 0; j < block.keys; j += SUMS) {
+        Vec sums[SUMS][VECTORS] = {};
+        const float* key[SUMS];
+        UNROLL for (int i = 0; i < SUMS; i++) key[i] = layer.keys + block.at[j + i];
+        fetch(ahead, layer.keys, dim, j, j + SUMS);
+        for (int32_t d = 0; d < dim; d++)
+            UNROLL for (int i = 0; i < SUMS; i++)
+                UNROLL for (int v = 0; v < VECTORS; v++) sums[i][v] += query[d][v] * key[i][d];
+        UNROLL for (int i = 0; i < SUMS; i++)
+            UNROLL for (int v = 0; v < VECTORS; v++) scores[j + i][v] = sums[i][v] * layer.scaling;
     }
 }
 
-template <int VECTORS>
+// Scores become weights; what the rows have found so far is to `shrink`.
+template <int VECTORS, bool ALL_SEEN>
+INLINE void weigh(const Layer& layer, Tile& tile, const Block& block, Vec (*scores)[VECTORS],
+                  Vec* shrink) {
+    if (layer.softcap > 0)
+        for (int32_t i = 0; i < block.keys * VECTORS * LANES; i++) {
+            float* score = (float*)scores + i;
+            *score = layer.softcap * std::tanh(*score / layer.softcap);
+        }
+    for (int v = 0; v < VECTORS; v++) {
+        Vec highest = tile.highest[v];
+        for (int32_t j = 0; j < block.keys; j++) {
+            if (!ALL_SEEN) {
+                const IntVec key = (block.first + j) - IntVec{};
+                const IntVec sees = (key >= tile.see_first[v]) & (key < tile.see_end[v]);
+                scores[j][v] = sees ? scores[j][v] : splat(NEVER);
+            }
+            highest = scores[j][v] > highest ? scores[j][v] : highest;
+        }
+        // Rows that have seen nothing yet have no maximum: -inf - -inf is not a number.
+        const Vec base = highest == splat(NEVER) ? splat(0.f) : highest;
+        const Vec less = exp_negative(tile.highest[v] - base);
+        shrink[v] = tile.highest[v] == splat(NEVER) ? splat(0.f) : less;
+        Vec sum = tile.sum[v] * shrink[v];
+        for (int32_t j = 0; j < block.keys; j++) {
+            const Vec weight = exp_negative(scores[j][v] - base);
+            sum += scores[j][v] =
+                ALL_SEEN ? weight : (scores[j][v] == splat(NEVER) ? splat(0.f) : weight);
+        }
+        tile.sum[v] = sum;
+        tile.highest[v] = highest;
+    }
+}
+
+// value = value * shrink + weights . values for all rows.
+template <int DIM, int VECTORS>
+INLINE void add_values(const Layer& layer, const Tile& tile, const Block& block,
+                       const Ahead& ahead, const Vec (*weights)[VECTORS], const Vec* shrink) {
+    const int32_t dim = DIM ? DIM : layer.dim;
+    const auto value = (Vec(*)[VECTORS])tile.value;
+    int32_t d = 0;
+    for (; d + SUMS <= dim; d += SUMS) {
+        Vec sums[SUMS][VECTORS];
+        fetch(ahead, layer.values, dim, d * KEYS / dim, (d + SUMS) * KEYS / dim);
+        UNROLL for (int i = 0; i < SUMS; i++)
+            UNROLL for (int v = 0; v < VECTORS; v++) sums[i][v] = value[d + i][v] * shrink[v];
+        for (int32_t j = 0; j < block.keys; j++) {
+            const float* from = layer.values + block.at[j] + d;
+            UNROLL for (int i = 0; i < SUMS; i++)
+                UNROLL for (int v = 0; v < VECTORS; v++) sums[i][v] += weights[j][v] * from[i];
+        }
+        UNROLL for (int i = 0; i < SUMS; i++)
+            UNROLL for (int v = 0; v < VECTORS; v++) value[d + i][v] = sums[i][v];
+    }
+    for (; d < dim; d++)
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            Vec one = value[d][v] * shrink[v];
+            for (int32_t j = 0; j < block.keys; j++)
+                one += weights[j][v] * layer.values[block.at[j] + d];
+            value[d][v] = one;
+        }
+}
+
+template <int DIM, int VECTORS>
+INLINE void attend_block(const Layer& layer, Tile& tile, const Block& block, const Ahead& ahead) {
+    alignas(64) Vec scores[KEYS][VECTORS];
+    Vec shrink[VECTORS];
+    score<DIM, VECTORS>(layer, tile, block, ahead, scores);
+    if (block.first >= tile.all_from && block.first + block.keys <= tile.all_until)
+        weigh<VECTORS, true>(layer, tile, block, scores, shrink);
+    else
+        weigh<VECTORS, false>(layer, tile, block, scores, shrink);
+    add_values<DIM, VECTORS>(layer, tile, block, ahead, scores, shrink);
+}
+
+// `scratch`: 2 * D * MOST_ROWS numbers, for the rows `first` to `end`, of which no more than those.
+template <int DIM>
 INLINE void many_rows(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
                       int32_t first, int32_t end, float* results, float* scratch) {
-    if (layer.dim == 64)
-        many_rows<64, VECTORS>(step, layer, part, kv_head, first, end, results, scratch);
-    else if (layer.dim == 128)
-        many_rows<128, VECTORS>(step, layer, part, kv_head, first, end, results, scratch);
-    else
-        many_rows<0, VECTORS>(step, layer, part, kv_head, first, end, results, scratch);
+    const int32_t group = layer.heads / layer.kv_heads;
+    Tile tiles[MOST_TILES];
+    int32_t num_tiles = 0, first_key = part.end_key, end_key = part.first_key;
+    while (first < end) {
+        const Tile& tile = tiles[num_tiles++] =
+            make_tile(step, layer, part, kv_head, first, end, scratch);
+        first_key = std::min(first_key, tile.first_key);
+        end_key = std::max(end_key, tile.end_key);
+        scratch += 2 * layer.dim * tile.vectors * LANES;
+        first += tile.count;
+    }
+    const auto find = [&](Block& block, int32_t from) {
+        block.first = from;
+        block.keys = std::max(0, std::min(KEYS, end_key - from));
+        if (block.keys) locate(step, layer, part, kv_head, from, block.keys, KEYS, block.at);
+    };
+    Block blocks[2], *block = blocks, *next = blocks + 1;
+    for (find(*block, first_key); block->keys; std::swap(block, next)) {
+        find(*next, block->first + KEYS);
+        for (int32_t i = 0; i < num_tiles; i++) {
+            const Ahead ahead{*next, i, num_tiles};
+            if (tiles[i].vectors == 1)
+                attend_block<DIM, 1>(layer, tiles[i], *block, ahead);
+            else
+                attend_block<DIM, MOST_VECTORS>(layer, tiles[i], *block, ahead);
+        }
+    }
+    for (int32_t i = 0; i < num_tiles; i++) {
+        const Tile& tile = tiles[i];
+        for (int32_t lane = 0; lane < tile.count; lane++) {
+            const int32_t row = tile.first + lane;
+            const int32_t head = kv_head * group + row % group;
+            float* result = result_of(results, layer, part.first_row + row / group, head);
+            result[0] = ((float*)tile.highest)[lane];
+            result[1] = ((float*)tile.sum)[lane];
+            for (int32_t d = 0; d < layer.dim; d++)
+                result[2 + d] = tile.value[d * tile.vectors * LANES + lane];
+        }
+    }
 }
 
 }  // namespace

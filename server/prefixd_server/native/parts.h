@@ -28,6 +28,11 @@ struct Layer {
     int32_t window;  // 0: none
 };
 
+// Of one KV head.
+INLINE int32_t rows_of(const Part& part, const Layer& layer) {
+    return (part.end_row - part.first_row) * (layer.heads / layer.kv_heads);
+}
+
 struct Range {
     int32_t first, end;
 };
