@@ -4,6 +4,7 @@ namespace {
 
 constexpr int FEW_ROWS = 8;  // with more, a vector holds rows
 constexpr int FEW_ROWS_KEYS = 256;  // of a block: only scores are kept, not vectors of them
+constexpr int FETCH_AHEAD = 16;     // keys
 
 typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -55,7 +56,11 @@ INLINE void few_heads(const Layer& layer, const float* query, const int64_t* at,
     alignas(64) float scores[HEADS][FEW_ROWS_KEYS];
     for (int32_t j = 0; j < count; j += TILE) {
         const float* key[TILE];
-        for (int i = 0; i < TILE; i++) key[i] = layer.keys + at[j + i];
+        for (int i = 0; i < TILE; i++) {
+            key[i] = layer.keys + at[j + i];
+            fetch(layer.keys + at[std::min(j + i + FETCH_AHEAD, count - 1)], dim);
+            fetch(layer.values + at[j + i], dim);
+        }
         Vec sum[HEADS][TILE] = {};
         int32_t d = 0;
         for (; d + LANES <= dim; d += LANES)

@@ -7,7 +7,6 @@ constexpr int MOST_VECTORS = 2;  // of rows, in a tile
 constexpr int MOST_TILES = 4;    // that take turns over a block
 constexpr int MOST_ROWS = MOST_TILES * MOST_VECTORS * LANES;
 constexpr int SUMS = LANES == 16 ? 8 : 4;  // of each vector, such that they stay in registers
-constexpr int LINE = 64 / sizeof(float);   // numbers that are fetched together
 
 // Up to MOST_VECTORS vectors of rows, and what they have found so far.
 struct Tile {
@@ -58,7 +57,7 @@ INLINE Tile make_tile(const Step& step, const Layer& layer, const Part& part, in
 }
 
 // What a tile fetches of the next block while it works on this one: all tiles together the whole
-// block, evenly, as memory would otherwise wait and then be waited for.
+// block, evenly, so that neither memory nor arithmetic waits.
 struct Ahead {
     const Block& next;
     int32_t turn, turns;  // which tile of how many
@@ -68,8 +67,7 @@ struct Ahead {
 INLINE void fetch(const Ahead& ahead, const float* from, int32_t dim, int32_t done, int32_t until) {
     const int32_t first = (ahead.turn * KEYS + done) / ahead.turns;
     const int32_t end = std::min(ahead.next.keys, (ahead.turn * KEYS + until) / ahead.turns);
-    for (int32_t j = first; j < end; j++)
-        for (int32_t d = 0; d < dim; d += LINE) __builtin_prefetch(from + ahead.next.at[j] + d);
+    for (int32_t j = first; j < end; j++) fetch(from + ahead.next.at[j], dim);
 }
 
 // scores[j] = key j . query for all rows: a key's number is broadcast once for all vectors.
