@@ -25,6 +25,43 @@ struct Block {
     int64_t at[KEYS];
 };
 
+// Four vectors' rows become their columns.
+INLINE void turn(Vec4* x) {
+    typedef int32_t Int4 __attribute__((vector_size(16)));
+    const Int4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+    const Vec4 ab = __builtin_shuffle(x[0], x[1], low), ab_end = __builtin_shuffle(x[0], x[1], high);
+    const Vec4 cd = __builtin_shuffle(x[2], x[3], low), cd_end = __builtin_shuffle(x[2], x[3], high);
+    x[0] = __builtin_shuffle(ab, cd, first);
+    x[1] = __builtin_shuffle(ab, cd, second);
+    x[2] = __builtin_shuffle(ab_end, cd_end, first);
+    x[3] = __builtin_shuffle(ab_end, cd_end, second);
+}
+
+// rows [4][size] into columns [size][4], which are `lanes` apart.
+INLINE void into_columns(const float* const* rows, int32_t size, float* columns, int32_t lanes) {
+    int32_t d = 0;
+    for (; d + 4 <= size; d += 4) {
+        Vec4 x[4];
+        UNROLL for (int i = 0; i < 4; i++) x[i] = *(const Vec4*)(rows[i] + d);
+        turn(x);
+        UNROLL for (int i = 0; i < 4; i++) *(Vec4*)(columns + (d + i) * lanes) = x[i];
+    }
+    for (; d < size; d++)
+        for (int i = 0; i < 4; i++) columns[d * lanes + i] = rows[i][d];
+}
+
+INLINE void into_rows(const float* columns, int32_t lanes, int32_t size, float* const* rows) {
+    int32_t d = 0;
+    for (; d + 4 <= size; d += 4) {
+        Vec4 x[4];
+        UNROLL for (int i = 0; i < 4; i++) x[i] = *(const Vec4*)(columns + (d + i) * lanes);
+        turn(x);
+        UNROLL for (int i = 0; i < 4; i++) *(Vec4*)(rows[i] + d) = x[i];
+    }
+    for (; d < size; d++)
+        for (int i = 0; i < 4; i++) rows[i][d] = columns[d * lanes + i];
+}
+
 INLINE Tile make_tile(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
                       int32_t first, int32_t end, float* scratch) {
     const int32_t group = layer.heads / layer.kv_heads;
@@ -35,23 +72,27 @@ INLINE Tile make_tile(const Step& step, const Layer& layer, const Part& part, in
     const int32_t lanes = tile.vectors * LANES;
     tile.query = scratch;
     tile.value = scratch + layer.dim * lanes;
-    std::fill(tile.query, tile.value + layer.dim * lanes, 0.f);
+    std::fill(tile.value, tile.value + layer.dim * lanes, 0.f);
     for (Vec& highest : tile.highest) highest = splat(NEVER);
     tile.first_key = tile.all_until = part.end_key;
     tile.end_key = tile.all_from = part.first_key;
-    for (int32_t lane = 0; lane < tile.count; lane++) {
-        const int32_t row = first + lane;
-        const int64_t token = step.rows[part.first_row + row / group];
-        const int32_t head = kv_head * group + row % group;
-        const float* from = layer.query + token * layer.query_token + head * layer.query_head;
-        for (int32_t d = 0; d < layer.dim; d++) tile.query[d * lanes + lane] = from[d];
-        const Range seen = seen_by(step.query_index[token], part, layer.window);
-        ((int32_t*)tile.see_first)[lane] = seen.first;
-        ((int32_t*)tile.see_end)[lane] = seen.end;
-        tile.first_key = std::min(tile.first_key, seen.first);
-        tile.end_key = std::max(tile.end_key, seen.end);
-        tile.all_from = std::max(tile.all_from, seen.first);
-        tile.all_until = std::min(tile.all_until, seen.end);
+    for (int32_t lane = 0; lane < lanes; lane += 4) {
+        const float* queries[4];
+        for (int32_t i = 0; i < 4; i++) {
+            // Lanes that are too many repeat the last row, and find the same.
+            const int32_t row = first + std::min(lane + i, tile.count - 1);
+            const int64_t token = step.rows[part.first_row + row / group];
+            const int32_t head = kv_head * group + row % group;
+            queries[i] = layer.query + token * layer.query_token + head * layer.query_head;
+            const Range seen = seen_by(step.query_index[token], part, layer.window);
+            ((int32_t*)tile.see_first)[lane + i] = seen.first;
+            ((int32_t*)tile.see_end)[lane + i] = seen.end;
+            tile.first_key = std::min(tile.first_key, seen.first);
+            tile.end_key = std::max(tile.end_key, seen.end);
+            tile.all_from = std::max(tile.all_from, seen.first);
+            tile.all_until = std::min(tile.all_until, seen.end);
+        }
+        into_columns(queries, layer.dim, tile.query + lane, lanes);
     }
     return tile;
 }
@@ -164,6 +205,24 @@ INLINE void attend_block(const Layer& layer, Tile& tile, const Block& block, con
     add_values<DIM, VECTORS>(layer, tile, block, ahead, scores, shrink);
 }
 
+// What a tile has found goes where `merge` reads it.
+INLINE void leave(const Tile& tile, const Layer& layer, const Part& part, int32_t kv_head,
+                  float* results) {
+    const int32_t group = layer.heads / layer.kv_heads, lanes = tile.vectors * LANES;
+    for (int32_t lane = 0; lane < tile.count; lane += 4) {
+        float* values[4];
+        for (int32_t i = 0; i < 4; i++) {
+            const int32_t at = std::min(lane + i, tile.count - 1), row = tile.first + at;
+            const int32_t head = kv_head * group + row % group;
+            float* result = result_of(results, layer, part.first_row + row / group, head);
+            result[0] = ((float*)tile.highest)[at];
+            result[1] = ((float*)tile.sum)[at];
+            values[i] = result + 2;
+        }
+        into_rows(tile.value + lane, lanes, layer.dim, values);
+    }
+}
+
 // `scratch`: 2 * D * MOST_ROWS numbers, for the rows `first` to `end`, of which no more than those.
 template <int DIM>
 INLINE void many_rows(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
@@ -195,18 +254,7 @@ INLINE void many_rows(const Step& step, const Layer& layer, const Part& part, in
                 attend_block<DIM, MOST_VECTORS>(layer, tiles[i], *block, ahead);
         }
     }
-    for (int32_t i = 0; i < num_tiles; i++) {
-        const Tile& tile = tiles[i];
-        for (int32_t lane = 0; lane < tile.count; lane++) {
-            const int32_t row = tile.first + lane;
-            const int32_t head = kv_head * group + row % group;
-            float* result = result_of(results, layer, part.first_row + row / group, head);
-            result[0] = ((float*)tile.highest)[lane];
-            result[1] = ((float*)tile.sum)[lane];
-            for (int32_t d = 0; d < layer.dim; d++)
-                result[2 + d] = tile.value[d * tile.vectors * LANES + lane];
-        }
-    }
+    for (int32_t i = 0; i < num_tiles; i++) leave(tiles[i], layer, part, kv_head, results);
 }
 
 }  // namespace
