@@ -87,7 +87,8 @@ void multiply_panel(const Product& p, Range depth, int64_t panel, Range tiles, c
     tile.add = p.add || depth.first > 0;
     // The tiles prefetch the panel after this in turn; one alone is as slow as its own panel comes.
     const int64_t words = words_of(depth.size(), p.int8);
-    tile.ahead = tiles.size() == 1 ? (const char*)tile.panel + STREAM_AHEAD : after;
+    tile.once = tiles.size() == 1;
+    tile.ahead = tile.once ? (const char*)tile.panel + STREAM_AHEAD : after;
     const char* end = tile.ahead + width * words * WORD;
     tile.lines = tile.ahead ? divide_up(divide_up(width * WORD, LINE), tiles.size()) : 0;
     const auto& by_rows = p.int8 ? kernels().int8 : kernels().float32;

@@ -19,7 +19,7 @@ namespace {
 constexpr int VECTORS = 3;  // of columns in a panel
 constexpr int MOST_ROWS = 8;  // of a tile
 constexpr int64_t WORD = 4;  // bytes
-constexpr int SECOND_CACHE = 2;  // for __builtin_prefetch
+constexpr int NO_CACHE = 0, SECOND_CACHE = 2;  // for __builtin_prefetch
 constexpr int64_t GROUP = 64;  // of a column's weights in int8, which share a scale
 
 struct Tile {
@@ -34,6 +34,7 @@ struct Tile {
     bool add;
     const char* ahead;  // what to prefetch,
     int64_t lines;  // so many for each row of words
+    bool once;  // nothing else reads it: the caches are to keep what they hold
     const char* array;  // and of this
     const int32_t *wanted, *wanted_end;  // these lines, one for each row of words
 };
@@ -98,10 +99,13 @@ INLINE void step(const float* x, int64_t x_stride, const float* words, const flo
     }
 }
 
-INLINE const char* prefetch(const char* ahead, int64_t lines) {
-    UNROLL for (int line = 0; line < VECTORS; line++)
-        if (line < lines) __builtin_prefetch(ahead + line * LINE);
-    return ahead + lines * LINE;
+INLINE const char* prefetch(const Tile& tile, const char* ahead) {
+    UNROLL for (int line = 0; line < VECTORS; line++) {
+        if (line >= tile.lines) break;
+        if (tile.once) __builtin_prefetch(ahead + line * LINE, 0, NO_CACHE);
+        else __builtin_prefetch(ahead + line * LINE);
+    }
+    return ahead + tile.lines * LINE;
 }
 
 template <int LANES, int ROWS, int WEIGHTS>
@@ -119,11 +123,11 @@ INLINE void multiply(const Tile& tile) {
             depth = std::min(depth, GROUP);
             scales = words;
             words += WIDTH;
-            ahead = prefetch(ahead, tile.lines);
+            ahead = prefetch(tile, ahead);
         }
         const float* whole = x + depth / WEIGHTS * WEIGHTS;
         for (; x < whole; x += WEIGHTS, words += WIDTH) {
-            ahead = prefetch(ahead, tile.lines);
+            ahead = prefetch(tile, ahead);
             if (wanted < tile.wanted_end)
                 __builtin_prefetch(tile.array + *wanted++ * LINE, 0, SECOND_CACHE);
             UNROLL for (int part = 0; part < WEIGHTS; part++)
