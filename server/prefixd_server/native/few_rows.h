@@ -6,8 +6,6 @@ constexpr int FEW_ROWS = 8;  // with more, a vector holds rows
 constexpr int FEW_ROWS_KEYS = 256;  // of a block: only scores are kept, not vectors of them
 constexpr int FETCH_AHEAD = 16;     // keys
 
-typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
-
 // The sums of four vectors.
 INLINE Vec4 sums_of(Vec a, Vec b, Vec c, Vec d) {
 #if LANES == 16

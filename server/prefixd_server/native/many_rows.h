@@ -1,4 +1,5 @@
-// A part of attention for many rows, as a prompt's or those of a shared prefix: a vector holds rows.
+// A part of attention for many rows, as a prompt's or those of a shared prefix: a vector holds a
+// dimension of as many rows as it has lanes.
 
 namespace {
 
@@ -9,7 +10,7 @@ constexpr int MOST_ROWS = MOST_TILES * MOST_VECTORS * LANES;
 constexpr int SUMS = LANES == 16 ? 8 : 4;  // of each vector, such that they stay in registers
 
 // Up to MOST_VECTORS vectors of rows, and what they have found so far.
-struct Tile {
+struct QueryTile {
     int32_t vectors, first, count;  // its rows
     float* query;                   // [D, vectors * LANES]
     float* value;                   // [D, vectors * LANES]
@@ -62,10 +63,10 @@ INLINE void into_rows(const float* columns, int32_t lanes, int32_t size, float* 
         for (int i = 0; i < 4; i++) rows[i][d] = columns[d * lanes + i];
 }
 
-INLINE Tile make_tile(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
+INLINE QueryTile make_tile(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
                       int32_t first, int32_t end, float* scratch) {
     const int32_t group = layer.heads / layer.kv_heads;
-    Tile tile{};
+    QueryTile tile{};
     tile.vectors = end - first <= LANES ? 1 : MOST_VECTORS;
     tile.first = first;
     tile.count = std::min(end - first, tile.vectors * LANES);
@@ -113,7 +114,7 @@ INLINE void fetch(const Ahead& ahead, const float* from, int32_t dim, int32_t do
 
 // scores[j] = key j . query for all rows: a key's number is broadcast once for all vectors.
 template <int DIM, int VECTORS>
-INLINE void score(const Layer& layer, const Tile& tile, const Block& block, const Ahead& ahead,
+INLINE void score(const Layer& layer, const QueryTile& tile, const Block& block, const Ahead& ahead,
                   Vec (*scores)[VECTORS]) {
     const int32_t dim = DIM ? DIM : layer.dim;
     const auto query = (const Vec(*)[VECTORS])tile.query;
@@ -132,7 +133,7 @@ INLINE void score(const Layer& layer, const Tile& tile, const Block& block, cons
 
 // Scores become weights; what the rows have found so far is to `shrink`.
 template <int VECTORS, bool ALL_SEEN>
-INLINE void weigh(const Layer& layer, Tile& tile, const Block& block, Vec (*scores)[VECTORS],
+INLINE void weigh(const Layer& layer, QueryTile& tile, const Block& block, Vec (*scores)[VECTORS],
                   Vec* shrink) {
     if (layer.softcap > 0)
         for (int32_t i = 0; i < block.keys * VECTORS * LANES; i++) {
@@ -166,7 +167,7 @@ INLINE void weigh(const Layer& layer, Tile& tile, const Block& block, Vec (*scor
 
 // value = value * shrink + weights . values for all rows.
 template <int DIM, int VECTORS>
-INLINE void add_values(const Layer& layer, const Tile& tile, const Block& block,
+INLINE void add_values(const Layer& layer, const QueryTile& tile, const Block& block,
                        const Ahead& ahead, const Vec (*weights)[VECTORS], const Vec* shrink) {
     const int32_t dim = DIM ? DIM : layer.dim;
     const auto value = (Vec(*)[VECTORS])tile.value;
@@ -194,7 +195,8 @@ INLINE void add_values(const Layer& layer, const Tile& tile, const Block& block,
 }
 
 template <int DIM, int VECTORS>
-INLINE void attend_block(const Layer& layer, Tile& tile, const Block& block, const Ahead& ahead) {
+INLINE void attend_block(const Layer& layer, QueryTile& tile, const Block& block,
+                         const Ahead& ahead) {
     alignas(64) Vec scores[KEYS][VECTORS];
     Vec shrink[VECTORS];
     score<DIM, VECTORS>(layer, tile, block, ahead, scores);
@@ -206,7 +208,7 @@ INLINE void attend_block(const Layer& layer, Tile& tile, const Block& block, con
 }
 
 // What a tile has found goes where `merge` reads it.
-INLINE void leave(const Tile& tile, const Layer& layer, const Part& part, int32_t kv_head,
+INLINE void leave(const QueryTile& tile, const Layer& layer, const Part& part, int32_t kv_head,
                   float* results) {
     const int32_t group = layer.heads / layer.kv_heads, lanes = tile.vectors * LANES;
     for (int32_t lane = 0; lane < tile.count; lane += 4) {
@@ -228,10 +230,10 @@ template <int DIM>
 INLINE void many_rows(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
                       int32_t first, int32_t end, float* results, float* scratch) {
     const int32_t group = layer.heads / layer.kv_heads;
-    Tile tiles[MOST_TILES];
+    QueryTile tiles[MOST_TILES];
     int32_t num_tiles = 0, first_key = part.end_key, end_key = part.first_key;
     while (first < end) {
-        const Tile& tile = tiles[num_tiles++] =
+        const QueryTile& tile = tiles[num_tiles++] =
             make_tile(step, layer, part, kv_head, first, end, scratch);
         first_key = std::min(first_key, tile.first_key);
         end_key = std::max(end_key, tile.end_key);

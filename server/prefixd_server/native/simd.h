@@ -9,6 +9,7 @@ constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE Vec splat(float x) { return x - Vec{}; }
 
