@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.table import Table
-
 from prefixd_train.bootstrap import Interval, draw, interval
 from prefixd_train.metrics import Metric, References, make_metrics
 
-__all__ = ["GroupScores", "Score", "Scores", "markdown", "score_groups", "table"]
+__all__ = ["GroupScores", "Score", "Scores", "markdown", "score_groups"]
 
 
 @dataclass(frozen=True)
@@ -96,15 +94,6 @@ def _rows(scores: Scores) -> Iterator[list[str]]:
 
 def _columns(scores: Scores) -> list[str]:
     return ["group", "inputs", *scores.signatures]
-
-
-def table(scores: Scores) -> Table:
-    """For the terminal: a metric a row, so that it fits."""
-    found = Table("metric", *scores.groups, title="Score (95 % interval)")
-    for metric in scores.signatures:
-        found.add_row(metric, *(str(group.scores[metric]) for group in scores.groups.values()))
-    found.add_row("inputs", *(str(group.num_segments) for group in scores.groups.values()))
-    return found
 
 
 def markdown(scores: Scores) -> str:

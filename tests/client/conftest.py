@@ -69,7 +69,7 @@ Cli = Callable[..., Ran]
 def cli(server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run a command line in this process, against ``server``."""
     monkeypatch.setenv("PREFIXD_URL", server.url)
-    monkeypatch.setenv("COLUMNS", "200")  # rich folds tables to the terminal it believes in
+    monkeypatch.setenv("COLUMNS", "80")  # what rich takes a pipe for
 
     def run(*args: str) -> Ran:
         capsys.readouterr()

@@ -186,7 +186,8 @@ def test_the_command(
     with pytest.raises(SystemExit) as ended:
         main([*command, *options])
     assert ended.value.code == 0
-    assert "trained@1, 4 inputs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "trained@1, 4 inputs" in printed
     scores = json.loads((out / "scores.json").read_text())
     sizes = {name: group["num_segments"] for name, group in scores["groups"].items()}
     assert sizes == {"all": 4, "seen": 2, "unseen": 1, "category City": 1, "category Food": 2}
@@ -194,6 +195,7 @@ def test_the_command(
     assert scores["version"] == 1
     chrf = scores["groups"]["all"]["chrF"]
     assert 0 <= chrf["low"] <= chrf["value"] <= chrf["high"] <= 100
+    assert "{value:.2f} ({low:.2f} … {high:.2f})".format(**chrf) in printed
     lines = [json.loads(line) for line in (out / "outputs.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [f"Say: {row['source']}\n" for row in ROWS]
     assert lines[0]["references"] == ROWS[0]["targets"]

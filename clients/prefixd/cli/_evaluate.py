@@ -13,9 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from prefixd import AsyncClient, Parameters
 from prefixd._transport import DEFAULT_URL
 from prefixd.cli._shared import ApiKey, Url, error_line, stderr, stdout
+from prefixd.cli._table import Column, print_table
 
 if TYPE_CHECKING:
     from prefixd_train.evaluate import EvaluateOptions, Evaluation
+    from prefixd_train.scores import Scores
 
 __all__ = ["register"]
 
@@ -111,8 +113,6 @@ async def _run(url: str, api_key: str | None, options: EvaluateOptions) -> Evalu
 
 
 def _show(evaluation: Evaluation, as_json: bool, out: Path | None) -> None:
-    from prefixd_train.scores import table
-
     if out is not None:
         evaluation.write(out)
     if as_json:
@@ -120,6 +120,21 @@ def _show(evaluation: Evaluation, as_json: bool, out: Path | None) -> None:
         return
     version = evaluation.version
     stdout.print(f"{version.task}@{version.version}, {len(evaluation.segments)} inputs")
-    stdout.print(table(evaluation.scores))
+    _print_scores(evaluation.scores)
     for line in evaluation.scores.missing:
         stdout.print(f"not computed: {line}")
+
+
+def _print_scores(scores: Scores) -> None:
+    """A metric a row: there are seldom more than three groups."""
+    groups = scores.groups.values()
+    print_table(
+        [Column("score (95 % interval)"), *(Column(name, right=True) for name in scores.groups)],
+        [
+            *(
+                [metric, *(str(group.scores[metric]) for group in groups)]
+                for metric in scores.signatures
+            ),
+            ["inputs", *(str(group.num_segments) for group in groups)],
+        ],
+    )

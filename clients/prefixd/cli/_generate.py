@@ -6,8 +6,6 @@ import json
 from typing import Annotated, Any, cast
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from prefixd import Client, Generation, Parameters, StreamEvent, Token
 from prefixd._transport import DEFAULT_URL
@@ -18,8 +16,8 @@ from prefixd.cli._shared import (
     connect,
     print_json,
     read_text,
-    stdout,
 )
+from prefixd.cli._table import Column, print_table
 
 __all__ = ["register"]
 
@@ -137,9 +135,14 @@ def _print_whole(generation: Generation, as_json: bool) -> None:
 
 
 def _print_tokens(tokens: list[Token]) -> None:
-    table = Table("id", "token", "log-probability")
-    for token in tokens:
-        logprob = "" if token.logprob is None else f"{token.logprob:.4f}"
-        shown = Text(json.dumps(token.text, ensure_ascii=False))
-        table.add_row(str(token.id), shown, logprob)
-    stdout.print(table)
+    print_table(
+        [Column("id", right=True), Column("token"), Column("log-probability", right=True)],
+        [
+            [
+                str(token.id),
+                json.dumps(token.text, ensure_ascii=False),
+                "-" if token.logprob is None else f"{token.logprob:.4f}",
+            ]
+            for token in tokens
+        ],
+    )

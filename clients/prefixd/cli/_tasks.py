@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.prompt import Confirm
-from rich.table import Table
-from rich.text import Text
 
 from prefixd import Task, Version
 from prefixd._transport import DEFAULT_URL
@@ -26,8 +26,9 @@ from prefixd.cli._shared import (
     stdout,
     virtual_tokens,
 )
+from prefixd.cli._table import Column, print_pairs, print_table
 
-__all__ = ["register"]
+__all__ = ["age", "register"]
 
 
 def tasks(
@@ -42,19 +43,17 @@ def tasks(
     if as_json:
         print_json(list(found))
         return
-    table = Table("task", "traffic", "versions", "tokens", "running", "pinned", "description")
-    for task in found:
-        active = next((v for v in task.versions if v.version == task.active), None)
-        table.add_row(
-            Text(task.task),
-            _traffic(task),
-            str(len(task.versions)),
-            virtual_tokens(active) if active else "",
-            str(task.requests_running),
-            "yes" if task.pinned else "",
-            Text(task.description),
-        )
-    stdout.print(table)
+    print_table(
+        [
+            Column("task"),
+            Column("traffic"),
+            Column("tokens", right=True),
+            Column("running", right=True),
+            Column("pinned"),
+            Column("description", gives_way=True),
+        ],
+        [_task_row(task) for task in found],
+    )
 
 
 def show(
@@ -66,9 +65,9 @@ def show(
     if as_json:
         print_json(found)
         return
-    _print_pairs(
+    print_pairs(
         ("task", found.task),
-        ("description", found.description),
+        ("description", _one_line(found.description)),
         ("traffic", _traffic(found)),
         ("pinned", "yes" if found.pinned else "no"),
         ("defaults", str(found.defaults or "")),
@@ -77,6 +76,7 @@ def show(
         ("updated", f"{found.updated_at:%Y-%m-%d %H:%M:%S}"),
         ("etag", found.etag or ""),
     )
+    stdout.print()
     _print_versions(found.versions)
 
 
@@ -139,7 +139,7 @@ def info(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None
     sections = {"model": found.model.model_dump(), "limits": found.limits}
     if found.cache is not None:
         sections["cache"] = found.cache.model_dump()
-    _print_pairs(
+    print_pairs(
         ("version", found.version),
         *(
             (f"{section}.{key}", str(value))
@@ -147,6 +147,15 @@ def info(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None
             for key, value in fields.items()
         ),
     )
+
+
+def age(since: datetime, now: datetime) -> str:
+    """In its largest whole unit, as ``3d``; ``0s`` where the server's clock is ahead of ours."""
+    seconds = max(int((now - since).total_seconds()), 0)
+    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
 
 
 def register(app: typer.Typer) -> None:
@@ -177,27 +186,47 @@ def _confirmed(name: str) -> bool:
     return Confirm.ask(f"Delete {name}?", console=stderr, default=False)
 
 
-def _print_pairs(*pairs: tuple[str, str]) -> None:
-    grid = Table.grid(padding=(0, 2))
-    for label, value in pairs:
-        grid.add_row(Text(label, style="bold"), Text(value))
-    stdout.print(grid)
+def _task_row(task: Task) -> list[str]:
+    active = next((v for v in task.versions if v.version == task.active), None)
+    return [
+        task.task,
+        _traffic(task),
+        virtual_tokens(active) if active else "-",
+        str(task.requests_running),
+        "yes" if task.pinned else "no",
+        _one_line(task.description),
+    ]
 
 
-def _print_versions(found: Iterable[Version]) -> None:
-    table = Table(
-        "version", "weight", "tokens", "bytes", "residency", "format", "base", "created", "sha256"
+def _print_versions(found: Sequence[Version]) -> None:
+    now = datetime.now(UTC)
+    # As much as fits 80 columns: --json has the rest.
+    print_table(
+        [
+            Column("version", right=True),
+            Column("weight", right=True),
+            Column("tokens", right=True),
+            Column("size", right=True),
+            Column("residency"),
+            Column("base"),
+            Column("age", right=True),
+            Column("sha256"),
+        ],
+        [
+            [
+                str(version.version),
+                f"{version.weight:g}",
+                virtual_tokens(version),
+                decimal(version.bytes),
+                version.residency,
+                "verified" if version.verified else "unverified",
+                age(version.created_at, now),
+                version.sha256[:12],
+            ]
+            for version in found
+        ],
     )
-    for version in found:
-        table.add_row(
-            str(version.version),
-            f"{version.weight:g}",
-            virtual_tokens(version),
-            f"{version.bytes:,}",
-            version.residency,
-            version.format,
-            "verified" if version.verified else "unverified",
-            f"{version.created_at:%Y-%m-%d %H:%M}",
-            version.sha256[:12],
-        )
-    stdout.print(table)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
