@@ -61,7 +61,7 @@ class DiskStore(RecordStore):
     waiting :meth:`events` looks."""
 
     def __init__(
-        self, root: Path, *, max_log_bytes: int = 4 << 20, poll_seconds: float = 0.02
+        self, root: Path, *, max_log_bytes: int = 4 << 20, poll_seconds: float = 0.1
     ) -> None:
         self.root = root.expanduser().absolute()
         self._tmp = self.root / "tmp"
@@ -188,14 +188,15 @@ class DiskStore(RecordStore):
     def _recover(self, lock: HeldLock) -> None:
         """Tell the feed what a writer that died may have changed without telling."""
         intent = lock.read_intent()
-        if intent is not None:
-            tenant, task = intent
-            try:
-                self._tell(tenant, task, self._find(tenant, task))
-            except StoreUnavailable as error:
-                if error.code != "corrupt_record":
-                    raise
-                _log.error("%s", error)
+        if intent is None:
+            return
+        tenant, task = intent
+        try:
+            self._tell(tenant, task, self._find(tenant, task))
+        except StoreUnavailable as error:
+            if error.code != "corrupt_record":
+                raise
+            _log.error("%s", error)
         lock.clear_intent()
 
     # --- blobs -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import uuid
 from pathlib import Path
 from typing import BinaryIO
@@ -37,25 +38,36 @@ class EventLog:
         self._tmp = tmp
         self._max_bytes = max_bytes
 
-    def ensure(self) -> int:
-        """Start the log if there is none, or none that can go on; the offset after its last
-        complete line. Needs the store's lock."""
+    def ensure(self) -> None:
+        """Start the log if there is none, or none that can go on. Needs the store's lock."""
         try:
             with self._path.open("rb") as log:
-                return _complete_end(log)
+                _complete_end(log)
         except (FileNotFoundError, NotLines):
-            return self._start_generation()
+            self._start_generation()
 
     def append(self, event: Event) -> None:
         """Needs the store's lock. Cuts off the torn last line of a writer that died."""
-        end = self.ensure()
-        if end >= self._max_bytes:
-            end = self._start_generation()
         line = event.model_dump_json(exclude={"cursor"}).encode() + b"\n"
+        try:
+            written = self._append(line, self._max_bytes)
+        except (FileNotFoundError, NotLines):
+            written = False
+        if not written:
+            self._start_generation()
+            self._append(line, sys.maxsize)
+
+    def _append(self, line: bytes, most: int) -> bool:
+        """False: the log has ``most`` bytes already. Raises FileNotFoundError, NotLines."""
         with self._path.open("r+b", buffering=0) as log:
-            log.truncate(end)
-            log.seek(end)
+            end = _complete_end(log)
+            if end >= most:
+                return False
+            if log.tell() > end:
+                log.truncate(end)
+                log.seek(end)
             log.write(line)
+            return True
 
     def stamp(self) -> tuple[int, int, int] | None:
         """Equal as long as there is nothing new to read, for less than a read; None: no log."""
@@ -75,15 +87,13 @@ class EventLog:
                 return [Event(cursor=f"{generation}:{_complete_end(log)}", kind="reset")]
         return events
 
-    def _start_generation(self) -> int:
-        """The length of the new log."""
-        first = uuid.uuid4().hex.encode() + b"\n"
-        replace_file(self._tmp, self._path, first)
-        return len(first)
+    def _start_generation(self) -> None:
+        replace_file(self._tmp, self._path, uuid.uuid4().hex.encode() + b"\n")
 
 
 def _complete_end(log: BinaryIO) -> int:
-    """The offset after the last complete line. Raises NotLines if there is none near the end."""
+    """The offset after the last complete line; the log is left at its end. Raises NotLines if there
+    is no complete line near it."""
     size = log.seek(0, os.SEEK_END)
     base = max(0, size - _TAIL)
     log.seek(base)

@@ -65,6 +65,7 @@ class TempFile:
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self.fd = fd
+        self.published = False
 
     def write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -75,6 +76,7 @@ class TempFile:
         """Make the file durable under its final name, replacing what was there."""
         os.fsync(self.fd)
         os.rename(self.path, target)
+        self.published = True
         fsync_folder(target.parent)
 
 
@@ -82,10 +84,12 @@ class TempFile:
 def temp_file(folder: Path) -> Iterator[TempFile]:
     """A new temporary file; gone at the end unless it was published."""
     path, fd = _create_locked(folder)
+    file = TempFile(path, fd)
     try:
-        yield TempFile(path, fd)
+        yield file
     finally:
-        path.unlink(missing_ok=True)
+        if not file.published:
+            path.unlink(missing_ok=True)
         os.close(fd)
 
 

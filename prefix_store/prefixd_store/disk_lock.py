@@ -27,11 +27,15 @@ class HeldLock:
         self._fd = fd
 
     def read_intent(self) -> tuple[str, str] | None:
-        """(tenant, task) that a dead holder was changing. A torn intent is none: the change had not
-        begun."""
+        """(tenant, task) that a dead holder was changing. A torn intent is none, and is cleared: the
+        change had not begun."""
+        data = os.pread(self._fd, 4096, 0)
+        if not data:
+            return None
         try:
-            tenant, task = json.loads(os.pread(self._fd, 4096, 0))
+            tenant, task = json.loads(data)
         except ValueError:
+            self.clear_intent()
             return None
         return str(tenant), str(task)
 
