@@ -27,8 +27,8 @@ class HeldLock:
         self._fd = fd
 
     def read_intent(self) -> tuple[str, str] | None:
-        """(tenant, task) that a dead holder was changing. A torn intent is none, and is cleared: the
-        change had not begun."""
+        """(tenant, task) that a dead holder was changing. A torn intent is none, and is cleared:
+        its change had not begun."""
         data = os.pread(self._fd, 4096, 0)
         if not data:
             return None

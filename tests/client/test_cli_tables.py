@@ -85,6 +85,13 @@ def test_versions_fit_80_columns(cli: Cli, reviews: Server) -> None:
     assert cli("show", NAME).out.splitlines()[-4:] == ["", *lines]
 
 
+def test_a_description_commands_no_terminal(reviews: Server) -> None:
+    reviews.tasks["b"]["description"] = "\x1b]0;mine\x07 \x9b31mred\u202e"
+    shown = "\ufffd]0;mine\ufffd \ufffd31mred\ufffd"
+    assert on_a_terminal(reviews, "tasks")[1].endswith(shown)
+    assert on_a_terminal(reviews, "show", "b")[1].endswith(shown)
+
+
 def test_show_and_info_are_whole(cli: Cli, reviews: Server) -> None:
     shown = cli("show", NAME).out.splitlines()
     assert f"description       {LONG}" in shown

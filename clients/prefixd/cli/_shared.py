@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ __all__ = [
     "Url",
     "connect",
     "error_line",
+    "one_line",
     "print_json",
     "read_text",
     "split_name",
@@ -49,6 +51,10 @@ TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name."
 
 # Somebody is watching: fewer retries than the library's, so that a wrong URL shows soon.
 _RETRIES = 2
+
+
+# What moves a terminal's cursor, colours it, renames its window, or turns the direction of text.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def connect(url: str, api_key: str | None) -> Client:
@@ -83,6 +89,11 @@ def virtual_tokens(stored: Version | UploadResult) -> str:
     return ", ".join(f"{length} {site}" for site, length in lengths.items())
 
 
+def one_line(text: str) -> str:
+    """Text of somebody else's in one line, without what would command the terminal."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
+
+
 def print_json(value: BaseModel | list[BaseModel]) -> None:
     encoded = TypeAdapter(type(value) if isinstance(value, BaseModel) else list).dump_json(value)
     print(encoded.decode(), flush=True)
@@ -90,7 +101,7 @@ def print_json(value: BaseModel | list[BaseModel]) -> None:
 
 def error_line(message: str) -> None:
     """One red line on stderr, whatever the message holds."""
-    stderr.print(f"error: {' '.join(message.split())}", style="red", markup=False, soft_wrap=True)
+    stderr.print(f"error: {one_line(message)}", style="red", markup=False, soft_wrap=True)
 
 
 @contextmanager

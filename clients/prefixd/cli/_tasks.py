@@ -20,6 +20,7 @@ from prefixd.cli._shared import (
     TaskName,
     Url,
     connect,
+    one_line,
     print_json,
     split_name,
     stderr,
@@ -67,7 +68,7 @@ def show(
         return
     print_pairs(
         ("task", found.task),
-        ("description", _one_line(found.description)),
+        ("description", one_line(found.description)),
         ("traffic", _traffic(found)),
         ("pinned", "yes" if found.pinned else "no"),
         ("defaults", str(found.defaults or "")),
@@ -194,7 +195,7 @@ def _task_row(task: Task) -> list[str]:
         virtual_tokens(active) if active else "-",
         str(task.requests_running),
         "yes" if task.pinned else "no",
-        _one_line(task.description),
+        one_line(task.description),
     ]
 
 
@@ -226,7 +227,3 @@ def _print_versions(found: Sequence[Version]) -> None:
             for version in found
         ],
     )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
