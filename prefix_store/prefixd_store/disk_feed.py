@@ -63,7 +63,7 @@ class EventLog:
             end = _complete_end(log)
             if end >= most:
                 return False
-            if log.tell() > end:
+            if log.tell() > end:  # a torn line
                 log.truncate(end)
                 log.seek(end)
             log.write(line)

@@ -52,7 +52,6 @@ TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name."
 # Somebody is watching: fewer retries than the library's, so that a wrong URL shows soon.
 _RETRIES = 2
 
-
 # What moves a terminal's cursor, colours it, renames its window, or turns the direction of text.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 

@@ -6,8 +6,8 @@
 // become float32 in registers. A tile of rows times a panel keeps its sums in registers. All tiles of
 // rows go over one panel while it is in the cache, and meanwhile the next one is prefetched: with
 // many rows reading the weights costs no time, with few rows nothing else does. What one tile alone
-// reads is fetched past the second and third caches, for they would not hold it until the next step
-// anyway, but what is not of this step, as the interpreter's data.
+// reads is fetched past the second and third caches: they could not hold it until the next step, and
+// may so keep what others need before, as the interpreter's data.
 //
 // Each output is summed over k in order by one lane, so it is the same to the bit for any number of
 // rows and of threads.

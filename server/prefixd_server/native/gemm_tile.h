@@ -34,7 +34,7 @@ struct Tile {
     bool add;
     const char* ahead;  // what to prefetch,
     int64_t lines;  // so many for each row of words
-    bool once;  // nothing else reads it: the caches are to keep what they hold
+    bool once;  // no other tile of this thread reads it: the caches are to keep what they hold
     const char* array;  // and of this
     const int32_t *wanted, *wanted_end;  // these lines, one for each row of words
 };

@@ -64,7 +64,7 @@ INLINE void into_rows(const float* columns, int32_t lanes, int32_t size, float* 
 }
 
 INLINE QueryTile make_tile(const Step& step, const Layer& layer, const Part& part, int32_t kv_head,
-                      int32_t first, int32_t end, float* scratch) {
+                           int32_t first, int32_t end, float* scratch) {
     const int32_t group = layer.heads / layer.kv_heads;
     QueryTile tile{};
     tile.vectors = end - first <= LANES ? 1 : MOST_VECTORS;
