@@ -25,6 +25,8 @@ _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno"]
 _FLAGS += ["-fno-trapping-math", "-Wno-psabi"]
+_FLAGS += ["-falign-loops=64"]
+"""for the tile's: across one more line of code it takes up to a quarter longer on Zen 3"""
 _TIMEOUT_S = 300
 
 

@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t MOST_DEPTH = 1024;  // so that two panels fit the second cache
 constexpr int64_t STREAM_AHEAD = 6144;  // bytes, where one tile reads a panel and no other does
+constexpr int64_t RUN = 1536;  // bytes of a panel at least that a tile multiplies with no prefetch
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -88,11 +89,14 @@ void multiply_panel(const Product& p, Range depth, int64_t panel, Range tiles, c
     tile.columns = std::min(width, p.n - column);
     tile.add = p.add || depth.first > 0;
     // The tiles prefetch the panel after this in turn; one alone is as slow as its own panel comes.
-    const int64_t words = words_of(depth.size(), p.int8);
+    // All of them, or memory would be asked for too much at once and then for nothing. In long runs,
+    // for what is done between two is dear where two threads share a core.
+    const int64_t row = width * WORD;
     tile.once = tiles.size() == 1;
     tile.ahead = tile.once ? (const char*)tile.panel + STREAM_AHEAD : after;
-    const char* end = tile.ahead + width * words * WORD;
-    tile.lines = tile.ahead ? divide_up(divide_up(width * WORD, LINE), tiles.size()) : 0;
+    const char* end = tile.ahead + row * words_of(depth.size(), p.int8);
+    tile.every = std::max(RUN, tiles.size() * LINE) / row;
+    tile.lines = tile.ahead ? divide_up(tile.every * row, LINE * tiles.size()) : 0;
     const auto& by_rows = p.int8 ? kernels().int8 : kernels().float32;
     for (int64_t t = tiles.first; t < tiles.end; t++) {
         const Range rows = part_of(p.m, t, tiles_of(p));
@@ -103,7 +107,6 @@ void multiply_panel(const Product& p, Range depth, int64_t panel, Range tiles, c
             take(*p.wanted, tile.depth / (p.int8 ? WORD : 1), tile);
         by_rows[rows.size() - 1](tile);
         tile.wanted = tile.wanted_end;
-        tile.ahead += words * tile.lines * LINE;
         if (tile.ahead >= end) tile.lines = 0;
     }
 }

@@ -11,6 +11,12 @@
 #include "gemm.h"
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__)
+// In use up to here, or GCC may sum in its register and move that back in each turn of the loop.
+#define KEEP(vector) asm volatile("" : : "v"(vector))
+#else
+#define KEEP(vector)
+#endif
 #define UNROLL _Pragma("GCC unroll 8")
 
 namespace prefixd {
@@ -32,8 +38,8 @@ struct Tile {
     int64_t y_stride;
     int64_t columns;  // of the panel that are not padding
     bool add;
-    const char* ahead;  // what to prefetch,
-    int64_t lines;  // so many for each row of words
+    const char* ahead;  // what to prefetch, and in the end what is next,
+    int64_t lines, every;  // so many lines for every so many rows of words
     bool once;  // no other tile of this thread reads it: the caches are to keep what they hold
     const char* array;  // and of this
     const int32_t *wanted, *wanted_end;  // these lines, one for each row of words
@@ -96,20 +102,24 @@ INLINE void step(const float* x, int64_t x_stride, const float* words, const flo
     UNROLL for (int r = 0; r < ROWS; r++) {
         const Vec value = x[r * x_stride] - Vec{};
         UNROLL for (int v = 0; v < VECTORS; v++) sums[r][v] += value * weights[v];
+        KEEP(value);
     }
 }
 
-INLINE const char* prefetch(const Tile& tile, const char* ahead) {
-    UNROLL for (int line = 0; line < VECTORS; line++) {
-        if (line >= tile.lines) break;
-        if (tile.once) __builtin_prefetch(ahead + line * LINE, 0, NO_CACHE);
-        else __builtin_prefetch(ahead + line * LINE);
-    }
-    return ahead + tile.lines * LINE;
+// What is due with the next rows of words.
+INLINE void prefetch(const Tile& tile, const char*& ahead, const int32_t*& wanted) {
+    const char* lines_end = ahead + tile.lines * LINE;
+    if (tile.once)
+        for (; ahead < lines_end; ahead += LINE) __builtin_prefetch(ahead, 0, NO_CACHE);
+    else
+        for (; ahead < lines_end; ahead += LINE) __builtin_prefetch(ahead);
+    const int64_t wanted_lines = std::min<int64_t>(tile.every, tile.wanted_end - wanted);
+    for (int64_t i = 0; i < wanted_lines; i++)
+        __builtin_prefetch(tile.array + *wanted++ * LINE, 0, SECOND_CACHE);
 }
 
 template <int LANES, int ROWS, int WEIGHTS>
-INLINE void multiply(const Tile& tile) {
+INLINE void multiply(Tile& tile) {
     typedef typename Vector<LANES>::Type Vec;
     constexpr int WIDTH = VECTORS * LANES;
     Vec sums[ROWS][VECTORS] = {};
@@ -123,19 +133,19 @@ INLINE void multiply(const Tile& tile) {
             depth = std::min(depth, GROUP);
             scales = words;
             words += WIDTH;
-            ahead = prefetch(tile, ahead);
         }
         const float* whole = x + depth / WEIGHTS * WEIGHTS;
-        for (; x < whole; x += WEIGHTS, words += WIDTH) {
-            ahead = prefetch(tile, ahead);
-            if (wanted < tile.wanted_end)
-                __builtin_prefetch(tile.array + *wanted++ * LINE, 0, SECOND_CACHE);
-            UNROLL for (int part = 0; part < WEIGHTS; part++)
-                step<LANES, ROWS, WEIGHTS>(x + part, tile.x_stride, words, scales, part, sums);
+        while (x < whole) {
+            prefetch(tile, ahead, wanted);
+            const float* due = std::min(x + tile.every * WEIGHTS, whole);
+            for (; x < due; x += WEIGHTS, words += WIDTH)
+                UNROLL for (int part = 0; part < WEIGHTS; part++)
+                    step<LANES, ROWS, WEIGHTS>(x + part, tile.x_stride, words, scales, part, sums);
         }
         for (int part = 0; part < depth % WEIGHTS; part++, x++)
             step<LANES, ROWS, WEIGHTS>(x, tile.x_stride, words, scales, part, sums);
     }
+    tile.ahead = ahead;
     if (tile.columns == WIDTH)
         store<LANES, ROWS>(tile, sums);
     else
@@ -144,7 +154,7 @@ INLINE void multiply(const Tile& tile) {
 
 // An instruction set's kernels.
 struct Kernels {
-    typedef void (*ByRows[MOST_ROWS])(const Tile&);  // less 1
+    typedef void (*ByRows[MOST_ROWS])(Tile&);  // less 1
 
     const char* name;
     int64_t width, rows;  // of a panel, of a tile
@@ -153,7 +163,7 @@ struct Kernels {
 
 #define KERNEL(NAME, LANES, TARGET)                                           \
     template <int ROWS, int WEIGHTS>                                          \
-    TARGET void NAME(const Tile& tile) { multiply<LANES, ROWS, WEIGHTS>(tile); }
+    TARGET void NAME(Tile& tile) { multiply<LANES, ROWS, WEIGHTS>(tile); }
 #define FOUR_ROWS(NAME, FROM, WEIGHTS)                                        \
     NAME<FROM, WEIGHTS>, NAME<FROM + 1, WEIGHTS>, NAME<FROM + 2, WEIGHTS>,    \
         NAME<FROM + 3, WEIGHTS>
