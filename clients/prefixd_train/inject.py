@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -100,10 +101,12 @@ def _seq2seq_arguments(lm: FrozenLM, batch: Inputs, plan: AttentionPlan) -> dict
     if tokens is None:
         return {}
     first = int(plan.decoder_positions(1, tokens.device)[0, 0])
+    takes = inspect.signature(lm.module.forward).parameters
+    cache = "cache" if "cache" in takes else "past_key_values"  # transformers 5.24 renamed it
     return {
         "input_ids": batch.input_ids,
         "decoder_input_ids": tokens,
-        "past_key_values": _PositionCache(first, lm.shapes["decoder"].num_layers),
+        cache: _PositionCache(first, lm.shapes["decoder"].num_layers),
     }
 
 

@@ -47,6 +47,8 @@ a larger `--max-model-len` is refused.
 
 The tiny models of the tests said so; numbers in the reasons are theirs. Models with state-space,
 convolution or linear-attention layers have no KV for a prefix there, and are refused as Mamba is.
+GPT-J's attention goes through the interface from transformers 5.24 on; with earlier ones it is
+refused.
 """
 
 

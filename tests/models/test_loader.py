@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTJConfig, ViTConfig
+from transformers import AutoModelForCausalLM, BloomConfig, ViTConfig
 
 from prefixd_server.config import ModelConfig
 from prefixd_server.errors import UnsupportedModel
@@ -114,9 +114,9 @@ def test_a_folder_that_is_not_there(model: str) -> None:
 
 
 def test_a_family_with_attention_classes_of_its_own(tmp_path: Path) -> None:
-    config = GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    config = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match=r"is a gptj model; .*AttentionInterface"):
+    with pytest.raises(UnsupportedModel, match=r"is a bloom model; .*AttentionInterface"):
         load(tmp_path)
 
 

@@ -127,11 +127,9 @@ _SERVED = [
 
 _INTERFACE = "attention through transformers' AttentionInterface"
 _NOT_THE_INTERFACE = "attention does not go through transformers' AttentionInterface"
-_GPT_J = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": MAX_POSITIONS, "rotary_dim": 8}
 _MPT = {"d_model": 48, "n_heads": 4, "n_layers": 2, "max_seq_len": MAX_POSITIONS}
 
 _NOT_SERVED = [
-    Family("GPT-J", "gptj", _GPT_J, _NOT_THE_INTERFACE),
     Family("Bloom", "bloom", {"hidden_size": 48, "n_layer": 2, "n_head": 4}, _NOT_THE_INTERFACE),
     Family(
         "Falcon",

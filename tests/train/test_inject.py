@@ -98,7 +98,7 @@ def test_an_infix_is_what_those_tokens_would_be_between_input_and_output(
 
 
 @pytest.mark.parametrize(
-    "title", ["GPT-J", "gpt-oss", "Llama 4", "PhiMoE with a sliding window", "DeepSeek-V3", "Mamba"]
+    "title", ["Bloom", "gpt-oss", "Llama 4", "PhiMoE with a sliding window", "DeepSeek-V3", "Mamba"]
 )
 def test_a_family_with_other_attention_is_refused(title: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel):

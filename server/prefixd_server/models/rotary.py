@@ -8,7 +8,7 @@ that finds the kernel under this name; the library's module is left as it is for
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def use_kernel(module: nn.Module, kernels: Kernels) -> None:
     forwards: dict[FunctionType, FunctionType | None] = {}
     for child in module.modules():
         forward = type(child).forward
-        if isinstance(forward, FunctionType) and _NAME in forward.__code__.co_names:
+        if isinstance(forward, FunctionType):
             if forward not in forwards:
                 forwards[forward] = _with_kernel(forward, kernels)
             if (changed := forwards[forward]) is not None:
@@ -36,6 +36,13 @@ def use_kernel(module: nn.Module, kernels: Kernels) -> None:
 
 
 def _with_kernel(forward: FunctionType, kernels: Kernels) -> FunctionType | None:
+    """``forward`` with the kernel in it, in all its decorators; None: it has no use for it."""
+    inner = getattr(forward, "__wrapped__", None)
+    if isinstance(inner, FunctionType):
+        changed = _with_kernel(inner, kernels)
+        return None if changed is None else _decorated_as(forward, inner, changed)
+    if _NAME not in forward.__code__.co_names:
+        return None
     original = forward.__globals__.get(_NAME)
     if original is None or not _computes_the_same(original, kernels):
         return None
@@ -45,12 +52,33 @@ def _with_kernel(forward: FunctionType, kernels: Kernels) -> FunctionType | None
             return original(q, k, cos, sin, *args, **kwargs)
         return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
 
-    names = {**forward.__globals__, _NAME: rotate}
-    changed = FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    changed.__kwdefaults__ = forward.__kwdefaults__
-    return changed
+    return _copied(forward, {**forward.__globals__, _NAME: rotate}, forward.__closure__)
+
+
+def _decorated_as(
+    wrapper: FunctionType, inner: FunctionType, changed: FunctionType
+) -> FunctionType | None:
+    """The wrapper of ``inner``, with ``changed`` in its place."""
+    cells = wrapper.__closure__ or ()
+    closure = tuple(CellType(changed) if _contents(c) is inner else c for c in cells)
+    if closure == cells:
+        return None  # a decorator that keeps what it wraps elsewhere
+    return _copied(wrapper, wrapper.__globals__, closure)
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty one
+        return None
+
+
+def _copied(
+    function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None
+) -> FunctionType:
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _serves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:

@@ -9,6 +9,7 @@ plan has the keys.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -71,6 +72,9 @@ class Seq2SeqModel:
         self.decoder = self.module.get_decoder()
         self.num_encoder_layers = _mark(self.encoder, _SELF, "encoder")
         self.num_layers = _mark(self.decoder, _SELF, "decoder")
+        takes = inspect.signature(self.module.forward).parameters
+        # transformers 5.24 renamed it.
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         name = type(module).__name__
         if _mark(self.decoder, _CROSS, "cross") != self.num_layers or not self.num_encoder_layers:
             raise UnsupportedModel(
@@ -127,9 +131,9 @@ class Seq2SeqModel:
                 decoder_input_ids=torch.tensor([tokens], device=device),
                 # BART would otherwise make one of the cache's length, which is a tensor here.
                 decoder_attention_mask=torch.ones(1, 1, device=device),
-                past_key_values=_StepCache(wanted, self.num_layers, bool(encoded)),
                 use_cache=False,
                 attention_plan=plan,
+                **{self._cache_argument: _StepCache(wanted, self.num_layers, bool(encoded))},
             )
         finally:
             hook.remove()
