@@ -31,6 +31,8 @@ class Change(NamedTuple):
     before: TaskRecord | None
     after: TaskRecord | None
     """None: the task is deleted; the same object as ``before``: nothing changed"""
+    encoded: bytes = b""
+    """``after`` as it is kept, where something changed and the task is not deleted"""
 
     @property
     def acquired(self) -> set[str]:
@@ -44,9 +46,10 @@ class Change(NamedTuple):
 def make_change(before: TaskRecord | None, mutation: Mutation) -> Change:
     """What ``mutation`` does to ``before``, exactly as it will be read back."""
     after = mutation(before)
-    if after is not None and after is not before:
-        after = mutations.decode(mutations.encode(after), after.tenant, after.name)
-    return Change(before, after)
+    if after is None or after is before:
+        return Change(before, after)
+    encoded = mutations.encode(after)
+    return Change(before, mutations.decode(encoded, after.tenant, after.name), encoded)
 
 
 class RecordStore(Store):
@@ -92,7 +95,7 @@ class RecordStore(Store):
             )
 
         publish(self._find(tenant, task))  # an upload that must fail need not move its bytes
-        before, after = self._publish(tenant, task, publish, blob, version)
+        before, after, _ = self._publish(tenant, task, publish, blob, version)
         assert after is not None
         found = mutations.find_blob(after, version.sha256)
         assert found is not None

@@ -38,6 +38,7 @@ from prefixd_store.disk_files import (
     TempFile,
     make_folder,
     os_errors,
+    read_file,
     read_hashed,
     remove_file,
     replace_file,
@@ -47,13 +48,15 @@ from prefixd_store.disk_files import (
 )
 from prefixd_store.disk_lock import HeldLock, StoreLock
 from prefixd_store.errors import CorruptBlob, NotFound, PrefixdError, StoreUnavailable
-from prefixd_store.mutations import Mutation, blobs_of, decode, encode
+from prefixd_store.mutations import Mutation, blobs_of, decode
 from prefixd_store.records import Event, TaskRecord, VersionRecord, check_name
 from prefixd_store.store import TaskPage
 
 __all__ = ["DiskStore"]
 
 _log = logging.getLogger(__name__)
+
+_Stamp = tuple[int, int, int]
 
 
 class DiskStore(RecordStore):
@@ -70,6 +73,8 @@ class DiskStore(RecordStore):
         self._lock = StoreLock(self.root / "lock")
         self._feed = EventLog(self.root / "events.log", self._tmp, max_log_bytes)
         self._durable: set[Path] = set()
+        self._read_at: tuple[str | None, _Stamp | None] = (None, None)
+        """a cursor with nothing after it while the feed's stamp is this one"""
         with os_errors():
             self._make_folder(self._tmp)
             self._make_folder(self._tenants)
@@ -120,7 +125,7 @@ class DiskStore(RecordStore):
     def _find(self, tenant: str, task: str) -> TaskRecord | None:
         path = self._record_path(tenant, task)
         try:
-            return decode(path.read_bytes(), tenant, task)
+            return decode(read_file(path), tenant, task)
         except FileNotFoundError:
             self._require_root()
             return None
@@ -165,7 +170,7 @@ class DiskStore(RecordStore):
             remove_file(path)
         else:
             self._make_folder(path.parent)
-            replace_file(self._tmp, path, encode(change.after))
+            replace_file(self._tmp, path, change.encoded)
 
     def _start_grace(self, tenant: str, sha256: str) -> None:
         try:
@@ -223,18 +228,22 @@ class DiskStore(RecordStore):
     @os_errors()
     def events(self, after: str | None, *, timeout: float) -> list[Event]:
         deadline = time.monotonic() + timeout
-        seen = None
         while True:
             # Taken before the log is read: what comes after it changes the next one.
             stamp = self._stamp()
-            found = [] if stamp and stamp == seen else self._read_feed(after)
-            seen = stamp
+            found = []
+            if stamp is None or self._read_at != (after, stamp):
+                found = self._read_feed(after)
+                if not found:
+                    self._read_at = (after, stamp)
+                elif stamp and self._feed.is_end(found[-1].cursor, stamp):
+                    self._read_at = (found[-1].cursor, stamp)
             remaining = deadline - time.monotonic()
             if found or remaining <= 0:
                 return found
             time.sleep(min(self._poll_seconds, remaining))
 
-    def _stamp(self) -> tuple[int, int, int] | None:
+    def _stamp(self) -> _Stamp | None:
         """The feed's while nobody is at work; None: it is to be read."""
         return None if self._lock.has_intent() else self._feed.stamp()
 
@@ -291,10 +300,10 @@ class DiskStore(RecordStore):
 
     # --- paths -----------------------------------------------------------------------------------
     def _record_path(self, tenant: str, task: str) -> Path:
-        return self._tenants / tenant / "tasks" / f"{task}.json"
+        return self._tenants.joinpath(tenant, "tasks", f"{task}.json")
 
     def _blob_path(self, tenant: str, sha256: str) -> Path:
-        return self._tenants / tenant / "blobs" / f"{sha256}.safetensors"
+        return self._tenants.joinpath(tenant, "blobs", f"{sha256}.safetensors")
 
     def _require_root(self) -> None:
         """Tell a task that is not there from a disk that is not there."""

@@ -77,6 +77,11 @@ class EventLog:
             return None
         return found.st_ino, found.st_size, found.st_mtime_ns
 
+    @staticmethod
+    def is_end(cursor: str, stamp: tuple[int, int, int]) -> bool:
+        """Whether ``cursor`` is the end of the log that had this stamp before it was read."""
+        return cursor.endswith(f":{stamp[1]}")
+
     def read(self, after: str | None) -> list[Event]:
         """Events after the cursor, or one reset if they cannot be told. Raises NotLines."""
         with self._path.open("rb") as log:

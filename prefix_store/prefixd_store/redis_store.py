@@ -26,7 +26,7 @@ from prefixd_store.base import (
 )
 from prefixd_store.buffers import READ_PIECE
 from prefixd_store.errors import CorruptBlob, InvalidRequest, NotFound, StoreUnavailable
-from prefixd_store.mutations import Mutation, decode, encode
+from prefixd_store.mutations import Mutation, decode
 from prefixd_store.records import Event, TaskRecord, VersionRecord, check_name
 from prefixd_store.redis_blobs import Blobs, Copy
 from prefixd_store.redis_health import check_durability, redis_errors
@@ -206,11 +206,10 @@ class RedisStore(RecordStore):
         copy: Copy | None,
         replaces: Copy | None,
     ) -> Any:
-        before, after = change
-        record = encode(after) if after is not None and after is not before else raw
+        after = change.after
         arguments = [
             hashlib.sha1(raw).hexdigest() if raw is not None else "",
-            (record or b"") if after is not None else b"",
+            (change.encoded or raw or b"") if after is not None else b"",
             tenant,
             task,
             after.revision if after is not None else 0,

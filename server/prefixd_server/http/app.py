@@ -45,7 +45,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.methods = methods = defaultdict[str, set[str]](set)
     for room in (native, uploads, tasks, downloads, health):
-        app.include_router(room.routes)
+        app.router.routes.extend(room.routes.routes)
         for route in room.routes.routes:
             if isinstance(route, APIRoute):
                 methods[route.path].update(route.methods or ())
