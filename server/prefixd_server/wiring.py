@@ -34,7 +34,7 @@ from prefixd_server.http.spool import Spool
 from prefixd_server.kv.allocator import PageAllocator
 from prefixd_server.kv.pool import KVPool
 from prefixd_server.models.loader import LoadedModel, load_model
-from prefixd_server.native import kernels
+from prefixd_server.native import cores, kernels
 from prefixd_server.prefix.references import References
 from prefixd_server.prefix.registry import Registry
 from prefixd_server.prefix.residency import Residency
@@ -91,8 +91,7 @@ class Server:
         self.engine = self._make_engine(pool)
         self.engine_thread = EngineThread(
             self.engine,
-            # OpenMP keeps the number for each thread.
-            on_start=partial(torch.set_num_threads, torch.get_num_threads()),
+            on_start=partial(self._begin_engine, torch.get_num_threads()),
             on_death=on_death,
         )
         self.metrics.bind_engine(self._gauges)
@@ -110,10 +109,19 @@ class Server:
         self._collector = threading.Thread(target=self._collect_garbage, name="prefixd-gc")
 
     def start(self) -> None:
-        """Read the store's tasks and start the threads. Raises StoreUnavailable."""
+        """Read the store's tasks and start the threads. Raises StoreUnavailable.
+
+        The caller's thread is to be the event loop's: it gives way to the engine's.
+        """
+        self._others_give_way = self.model.program is not None and cores.give_way()
         self.registry.start()
         self.engine_thread.start()
         self._collector.start()
+
+    def _begin_engine(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)  # OpenMP keeps the number for each thread
+        if self._others_give_way:
+            cores.insist()
 
     def drain(self) -> None:
         """Take no new requests; those in flight go on."""

@@ -5,7 +5,7 @@
 // leaves, for each of its queries and heads, a maximum, a sum and a weighted value; `merge` joins
 // the parts of a query by their log-sum-exp (as FlashInfer's cascade and flash-decoding do).
 //
-// `attend` and `store` are called by all threads of a team; each ends with a barrier.
+// `attend` is called by all members of a team, and is ATTEND_PHASES of its work.
 
 namespace {
 
@@ -48,39 +48,45 @@ void merge(const int32_t* parts, int32_t num_parts, const Layer& layer, int32_t 
     for (int32_t d = 0; d < layer.dim; d++) output[d] /= sum;
 }
 
-INLINE void attend(const Step& step, const Layer& layer, int32_t num_parts,
-                   const int32_t* token_first, const int32_t* token_rows, int64_t tokens,
-                   float* results, float* output) {
+constexpr int ATTEND_PHASES = 2;
+
+INLINE void attend(prefixd::Member& member, const Step& step, const Layer& layer,
+                   int32_t num_parts, const int32_t* token_first, const int32_t* token_rows,
+                   int64_t tokens, float* results, float* output) {
     static thread_local std::vector<float> scratch;
     scratch.resize(size_t(2 * layer.dim) * MOST_ROWS + 64 / sizeof(float));
     float* aligned = (float*)((uintptr_t(scratch.data()) + 63) & ~uintptr_t(63));
     // First what takes long, a head at a time; then whole parts, whose heads lie beside each other,
     // where they are enough for all threads.
-    const int32_t threads = omp_get_num_threads();
     int32_t apart = num_parts;
-    if (num_parts >= 4 * threads)
+    if (num_parts >= 4 * member.threads)
         for (apart = 0; apart < num_parts && rows_of(step.parts[apart], layer) > FEW_ROWS;) apart++;
-#pragma omp for collapse(2) schedule(dynamic, 1) nowait
-    for (int32_t i = 0; i < apart; i++)
+    const int64_t heads_apart = int64_t(apart) * layer.kv_heads;
+    member.items(heads_apart + num_parts - apart, [&](int64_t item) {
+        if (item < heads_apart) {
+            const Part& part = step.parts[item / layer.kv_heads];
+            attend_part(step, layer, part, int32_t(item % layer.kv_heads), results, aligned);
+            return;
+        }
+        const Part& part = step.parts[apart + item - heads_apart];
         for (int32_t h = 0; h < layer.kv_heads; h++)
-            attend_part(step, layer, step.parts[i], h, results, aligned);
-#pragma omp for schedule(dynamic, 1)
-    for (int32_t i = apart; i < num_parts; i++)
-        for (int32_t h = 0; h < layer.kv_heads; h++)
-            attend_part(step, layer, step.parts[i], h, results, aligned);
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t t = 0; t < tokens; t++)
-        for (int32_t h = 0; h < layer.heads; h++)
-            merge(token_rows + token_first[t], token_first[t + 1] - token_first[t], layer, h,
-                  results, output + (t * layer.heads + h) * layer.dim);
+            attend_part(step, layer, part, h, results, aligned);
+    });
+    member.shares([&](int64_t share, int64_t shares) {
+        const int64_t all = tokens * layer.heads;
+        for (int64_t i = all * share / shares; i < all * (share + 1) / shares; i++) {
+            const int64_t t = i / layer.heads, h = i % layer.heads;
+            merge(token_rows + token_first[t], token_first[t + 1] - token_first[t], layer,
+                  int32_t(h), results, output + i * layer.dim);
+        }
+    });
 }
 
-// New keys and values, [T, H_kv, D] with strides, at their slots.
+// New keys and values, [T, H_kv, D] with strides, at their slots: those of tokens `first` to `end`.
 INLINE void store(const float* key, int64_t key_token, int64_t key_head, const float* value,
-                  int64_t value_token, int64_t value_head, const int64_t* slots, int64_t tokens,
-                  int32_t kv_heads, int32_t dim, float* keys, float* values) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; t++)
+                  int64_t value_token, int64_t value_head, const int64_t* slots, int64_t first,
+                  int64_t end, int32_t kv_heads, int32_t dim, float* keys, float* values) {
+    for (int64_t t = first; t < end; t++)
         for (int64_t h = 0; h < kv_heads; h++) {
             const int64_t to = (slots[t] * kv_heads + h) * dim;
             std::memcpy(keys + to, key + t * key_token + h * key_head, dim * sizeof(float));

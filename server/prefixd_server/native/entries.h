@@ -6,7 +6,7 @@ extern "C" {
 void NAME(store)(const float* key, int64_t key_token, int64_t key_head, const float* value,
                    int64_t value_token, int64_t value_head, const int64_t* slots, int64_t tokens,
                    int32_t kv_heads, int32_t dim, float* keys, float* values) {
-    store(key, key_token, key_head, value, value_token, value_head, slots, tokens, kv_heads, dim,
+    store(key, key_token, key_head, value, value_token, value_head, slots, 0, tokens, kv_heads, dim,
           keys, values);
 }
 
@@ -21,8 +21,12 @@ void NAME(attend)(const float* query, int64_t query_token, int64_t query_head, c
     const Step step{(const Part*)parts, pages, rows, query_index, page_size};
     const Layer layer{query, query_token, query_head, keys,    values, heads,
                       kv_heads, dim,      scaling,    softcap, window};
-#pragma omp parallel
-    attend(step, layer, num_parts, token_first, token_rows, tokens, results, output);
+    std::vector<prefixd::Phase> phases(ATTEND_PHASES);
+#pragma omp parallel num_threads(prefixd::team_size())
+    {
+        prefixd::Member member(phases);
+        attend(member, step, layer, num_parts, token_first, token_rows, tokens, results, output);
+    }
 }
 
 // x * sigmoid(slope * (x + cubic * x^3)) of [rows, size], whose rows are `stride` apart: SiLU with
@@ -61,8 +65,12 @@ void NAME(rms_norm)(const float* from, const float* weight, float plus, float ep
 
 // A whole forward pass, see program.h.
 void NAME(run)(const Op* ops, int64_t num_ops, const Run* run) {
-#pragma omp parallel
-    execute_all(ops, num_ops, *run);
+    std::vector<prefixd::Phase> phases(num_ops * MOST_PHASES);
+#pragma omp parallel num_threads(prefixd::team_size())
+    {
+        prefixd::Member member(phases);
+        execute_all(member, ops, num_ops, *run);
+    }
 }
 
 }  // extern "C"

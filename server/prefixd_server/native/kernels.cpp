@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "team.h"
 
 #define JOINED(function, isa) prefixd_##function##_##isa
 #define EXPANDED(function, isa) JOINED(function, isa)

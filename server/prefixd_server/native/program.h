@@ -66,16 +66,21 @@ void scale(const float* a, float by, int64_t size, float* to) {
     for (int64_t i = 0; i < size; i++) to[i] = a[i] * by;
 }
 
-INLINE void execute_attention(const Op& op, const Run& run) {
-    store(at(op.b, run), op.b.stride, op.size, at(op.c, run), op.c.stride, op.size, run.slots,
-          run.num_slots, op.kv_heads, op.size, run.keys[op.layer], run.values[op.layer]);
+INLINE void execute_attention(prefixd::Member& member, const Op& op, const Run& run) {
+    member.shares([&](int64_t share, int64_t shares) {
+        store(at(op.b, run), op.b.stride, op.size, at(op.c, run), op.c.stride, op.size, run.slots,
+              run.num_slots * share / shares, run.num_slots * (share + 1) / shares, op.kv_heads,
+              op.size, run.keys[op.layer], run.values[op.layer]);
+    });
     const Step step{run.parts, run.pages, run.rows, run.query_index, int32_t(run.page_size)};
     const Layer layer{at(op.a, run), op.a.stride, op.size, run.keys[op.layer], run.values[op.layer],
                       int32_t(op.count), int32_t(op.kv_heads), int32_t(op.size), float(op.first),
                       float(op.second), int32_t(op.window)};
-    attend(step, layer, run.num_parts, run.token_first, run.token_rows, run.tokens, run.results,
+    attend(member, step, layer, run.num_parts, run.token_first, run.token_rows, run.tokens, run.results,
            at(op.to, run));
 }
+
+constexpr int64_t MOST_PHASES = 1 + ATTEND_PHASES;  // of an operation
 
 INLINE void execute_row(const Op& op, const Run& run, int64_t row) {
     const float* a = at(op.a, run);
@@ -128,7 +133,8 @@ INLINE prefixd::Product product_of(const Op& op, const Run& run) {
 }
 
 // `end` is behind the last operation: the next product's weights are prefetched.
-INLINE void execute_linear(const Op& op, const Op* end, const Run& run, prefixd::Wanted& wanted) {
+INLINE void execute_linear(prefixd::Member& member, const Op& op, const Op* end, const Run& run,
+                           prefixd::Wanted& wanted) {
     prefixd::Product product = product_of(op, run), following;
     product.wanted = &wanted;
     const Op* other = &op + 1;
@@ -137,7 +143,8 @@ INLINE void execute_linear(const Op& op, const Op* end, const Run& run, prefixd:
         following = product_of(*other, run);
         product.next = &following;
     }
-    prefixd::gemm_in_team(product, omp_get_thread_num(), omp_get_num_threads());
+    member.offer_core();
+    member.shares([&](int share, int shares) { prefixd::gemm_in_team(product, share, shares); });
 }
 
 // From `op` on, the next attention's keys and values are what this thread wants.
@@ -148,23 +155,23 @@ INLINE void want_next(const Op* op, const Op* end, const Run& run, const Lookahe
                       : prefixd::Wanted{};
 }
 
-// Called by all threads of the team; ends with a barrier.
-INLINE void execute(const Op& op, const Op* end, const Run& run, prefixd::Wanted& wanted) {
+// Called by all members of the team; done when it returns.
+INLINE void execute(prefixd::Member& member, const Op& op, const Op* end, const Run& run,
+                    prefixd::Wanted& wanted) {
     const int64_t rows = op.kept ? run.kept : run.tokens;
     switch (op.kind) {
-        case LINEAR:
-            execute_linear(op, end, run, wanted);
-#pragma omp barrier
-            break;
-        case ATTEND: execute_attention(op, run); break;
+        case LINEAR: execute_linear(member, op, end, run, wanted); break;
+        case ATTEND: execute_attention(member, op, run); break;
         default:
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++) execute_row(op, run, row);
+            member.shares([&](int64_t share, int64_t shares) {
+                for (int64_t row = rows * share / shares; row < rows * (share + 1) / shares; row++)
+                    execute_row(op, run, row);
+            });
     }
 }
 
-// All of it; called by all threads of the team.
-INLINE void execute_all(const Op* ops, int64_t num_ops, const Run& run) {
+// All of it; called by all members of the team.
+INLINE void execute_all(prefixd::Member& member, const Op* ops, int64_t num_ops, const Run& run) {
     static thread_local Lookahead lookahead;
     const Op *end = ops + num_ops, *attention = ops;
     while (attention < end && attention->kind != ATTEND) attention++;
@@ -174,7 +181,7 @@ INLINE void execute_all(const Op* ops, int64_t num_ops, const Run& run) {
     prefixd::Wanted wanted;
     want_next(ops, end, run, lookahead, wanted);
     for (const Op* op = ops; op < end; op++) {
-        execute(*op, end, run, wanted);
+        execute(member, *op, end, run, wanted);
         if (op->kind == ATTEND) want_next(op + 1, end, run, lookahead, wanted);
     }
 }
