@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import subprocess
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -81,3 +87,25 @@ def cli(server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         return Ran(code, out, err)
 
     return run
+
+
+def on_a_terminal(server: Server, *args: str) -> list[str]:
+    """The lines that a terminal of 80 columns gets."""
+    terminal, its_end = pty.openpty()
+    termios.tcsetwinsize(its_end, (24, 80))
+    environment = {name: v for name, v in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "prefixd", *args, "--url", server.url],
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        env=environment | {"TERM": "xterm", "NO_COLOR": "1"},
+    )
+    os.close(its_end)
+    written = b""
+    with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
+        while part := os.read(terminal, 65_536):
+            written += part
+    os.close(terminal)
+    assert running.wait(60) == 0, written
+    return written.decode().replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
-import pty
-import subprocess
-import sys
-import termios
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -18,7 +12,7 @@ from rich.console import Console
 from prefixd.cli import _table
 from prefixd.cli._table import Column, print_pairs, print_table
 from prefixd.cli._tasks import age
-from tests.client.conftest import Cli
+from tests.client.conftest import Cli, on_a_terminal
 from tests.client.server import Server
 
 NAME = "restaurant-reviews"
@@ -33,28 +27,6 @@ def reviews(server: Server) -> Server:
     server.add_version("b", b"other")
     server.tasks["b"]["description"] = "two\nlines"
     return server
-
-
-def on_a_terminal(server: Server, *args: str) -> list[str]:
-    """The lines that a terminal of 80 columns gets."""
-    terminal, its_end = pty.openpty()
-    termios.tcsetwinsize(its_end, (24, 80))
-    environment = {name: v for name, v in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    running = subprocess.Popen(
-        [sys.executable, "-m", "prefixd", *args, "--url", server.url],
-        stdin=its_end,
-        stdout=its_end,
-        stderr=its_end,
-        env=environment | {"TERM": "xterm", "NO_COLOR": "1"},
-    )
-    os.close(its_end)
-    written = b""
-    with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
-        while part := os.read(terminal, 65_536):
-            written += part
-    os.close(terminal)
-    assert running.wait(60) == 0, written
-    return written.decode().replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
 
 
 def test_tasks_through_a_pipe_are_whole(cli: Cli, reviews: Server) -> None:

@@ -14,6 +14,7 @@ from prefixd.cli._shared import (
     AsJson,
     Url,
     connect,
+    for_terminal,
     print_json,
     read_text,
 )
@@ -120,7 +121,7 @@ def _print_event(event: StreamEvent, as_json: bool) -> None:
     if as_json:
         print_json(event)
     else:
-        print(event.text, end="", flush=True)
+        print(for_terminal(event.text), end="", flush=True)
 
 
 def _print_whole(generation: Generation, as_json: bool) -> None:
@@ -129,7 +130,7 @@ def _print_whole(generation: Generation, as_json: bool) -> None:
         return
     sequences = generation.sequences or []
     for text in [sequence.generated_text for sequence in sequences] or [generation.generated_text]:
-        print(text, flush=True)
+        print(for_terminal(text), flush=True)
     if generation.details is not None:
         _print_tokens(generation.details.tokens)
 
@@ -140,7 +141,7 @@ def _print_tokens(tokens: list[Token]) -> None:
         [
             [
                 str(token.id),
-                json.dumps(token.text, ensure_ascii=False),
+                for_terminal(json.dumps(token.text, ensure_ascii=False)),
                 "-" if token.logprob is None else f"{token.logprob:.4f}",
             ]
             for token in tokens

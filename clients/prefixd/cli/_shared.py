@@ -25,6 +25,7 @@ __all__ = [
     "Url",
     "connect",
     "error_line",
+    "for_terminal",
     "one_line",
     "print_json",
     "read_text",
@@ -91,6 +92,13 @@ def virtual_tokens(stored: Version | UploadResult) -> str:
 def one_line(text: str) -> str:
     """Text of somebody else's in one line, without what would command the terminal."""
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
+
+
+def for_terminal(text: str) -> str:
+    """Text of a model for stdout: a terminal is not commanded by it, a pipe gets it as it is."""
+    if not sys.stdout.isatty():
+        return text
+    return _CONTROLS.sub(lambda c: c[0] if c[0] in "\n\t" else "\N{REPLACEMENT CHARACTER}", text)
 
 
 def print_json(value: BaseModel | list[BaseModel]) -> None:
