@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,24 @@ def test_threads_do_not_change_a_result(tmp_path: Path) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_that_lose_their_cores(tmp_path: Path) -> None:
+    """More threads than cores, beside processes that want them too: the same to the bit."""
+    model = load("Llama", tmp_path)
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    torch.set_num_threads(5)
+    try:
+        results = []
+        for _ in range(20):
+            backend = backend_of(model)
+            results.append(torch.cat([both(model, backend, step)[0] for step in steps(VOCAB)]))
+    finally:
+        torch.set_num_threads(1)
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_one_request_does_not_reach_another(tmp_path: Path) -> None:

@@ -62,9 +62,7 @@ public:
     }
 
     // Costs some 0.2 us where nobody wants the core.
-    void offer_core() const {
-        if (threads > 1) sched_yield();
-    }
+    void offer_core() const { sched_yield(); }
 
     const int thread, threads;
 
