@@ -54,7 +54,10 @@ def translate(
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:
+        raise CannotTranslate("its weights are packed by oneDNN") from None
 
 
 def _tensors(value: Any) -> list[Tensor]:
