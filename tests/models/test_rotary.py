@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from prefixd_server.models import rotary
 from prefixd_server.native import kernels
@@ -54,6 +58,35 @@ def test_logits_stay_and_the_library_is_left_as_it_is(loaded: kernels.Kernels, r
     torch.testing.assert_close(
         module(input_ids=tokens).logits, untouched(input_ids=tokens).logits, rtol=1e-4, atol=1e-5
     )
+
+
+@torch.inference_mode()
+def test_a_forward_in_a_decorator(loaded: kernels.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 5.24 has them: the decorator stays around what has the kernel."""
+    called: list[str] = []
+    inner = LlamaAttention.forward
+
+    @wraps(inner)
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        called.append(type(args[0]).__name__)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", outer)
+    module, untouched = llama(), llama()
+    untouched.load_state_dict(module.state_dict())
+    tokens = torch.arange(9)[None]
+    expected = untouched(input_ids=tokens).logits
+    rotary.use_kernel(module, loaded)
+    assert replaced(module) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    rotations: list[int] = []
+    rotate = loaded.rotate
+    monkeypatch.setattr(
+        loaded, "rotate", lambda x, *angles: rotations.append(1) or rotate(x, *angles)
+    )
+    called.clear()
+    torch.testing.assert_close(module(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    assert called == ["LlamaAttention"] * 2
+    assert len(rotations) == 4  # queries and keys of two layers
 
 
 @torch.inference_mode()

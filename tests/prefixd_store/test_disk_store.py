@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from prefixd_store import disk_feed
 from prefixd_store.disk import DiskStore
 from prefixd_store.disk_files import make_folder, sweep, temp_file
 from prefixd_store.disk_lock import StoreLock
 from prefixd_store.errors import CorruptBlob, StoreUnavailable
+from prefixd_store.records import Event
 from prefixd_store.store import open_store
 from tests.prefixd_store.support import TENANT, Blob, MakeBlob, Replica, make_blob, put
 
@@ -179,6 +181,45 @@ def test_the_log_starts_anew_when_it_has_grown(root: Path, blob: MakeBlob) -> No
     assert replica.resets > 2
     sleeper.follow()
     assert (sleeper.resets, sleeper.tasks) == (2, replica.tasks)
+
+
+def test_a_feed_longer_than_one_read_is_told_whole(
+    disk: DiskStore, blob: MakeBlob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log stays as it is between the reads, which is no sign that all of it was read."""
+    upload = blob()
+    cursor = disk.events(None, timeout=0)[-1].cursor
+    names = [f"task-{n}" for n in range(7)]
+    for name in names:
+        put(disk, name, upload)
+    monkeypatch.setattr(disk_feed, "_READ_LIMIT", 150)  # two events and a torn one
+    told: list[str] = []
+    while events := disk.events(cursor, timeout=0):
+        assert len(events) < len(names)
+        told += [event.task for event in events]
+        cursor = events[-1].cursor
+    assert told == names
+
+
+def test_what_was_read_to_its_end_is_not_read_again(
+    disk: DiskStore, blob: MakeBlob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cursor = disk.events(None, timeout=0)[-1].cursor
+    put(disk, "a", blob())
+    cursor = disk.events(cursor, timeout=0)[-1].cursor
+    reads: list[str | None] = []
+    read = disk_feed.EventLog.read
+
+    def noting(log: disk_feed.EventLog, after: str | None) -> list[Event]:
+        reads.append(after)
+        return read(log, after)
+
+    monkeypatch.setattr(disk_feed.EventLog, "read", noting)
+    assert disk.events(cursor, timeout=0) == []
+    assert reads == []
+    put(disk, "b", blob())
+    assert [event.task for event in disk.events(cursor, timeout=0)] == ["b"]
+    assert reads == [cursor]
 
 
 def test_a_torn_event_is_cut_off(root: Path, disk: DiskStore, blob: MakeBlob) -> None:

@@ -76,8 +76,8 @@ INLINE void execute_attention(prefixd::Member& member, const Op& op, const Run& 
     const Layer layer{at(op.a, run), op.a.stride, op.size, run.keys[op.layer], run.values[op.layer],
                       int32_t(op.count), int32_t(op.kv_heads), int32_t(op.size), float(op.first),
                       float(op.second), int32_t(op.window)};
-    attend(member, step, layer, run.num_parts, run.token_first, run.token_rows, run.tokens, run.results,
-           at(op.to, run));
+    attend(member, step, layer, run.num_parts, run.token_first, run.token_rows, run.tokens,
+           run.results, at(op.to, run));
 }
 
 constexpr int64_t MOST_PHASES = 1 + ATTEND_PHASES;  // of an operation

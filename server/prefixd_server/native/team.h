@@ -37,7 +37,8 @@ public:
     template <class Work>
     void shares(Work work) {
         Phase& phase = phases[at++];
-        for (int i = 0, share = thread; i < threads; i++, share = share + 1 < threads ? share + 1 : 0) {
+        for (int i = 0; i < threads; i++) {
+            const int share = (thread + i) % threads;
             const uint64_t bit = uint64_t(1) << share;
             if (phase.taken.load(std::memory_order_relaxed) & bit) continue;
             if (phase.taken.fetch_or(bit, std::memory_order_acq_rel) & bit) continue;
