@@ -132,14 +132,16 @@ def test_an_idle_engine_sleeps_until_a_request_wakes_it(threaded: Threaded) -> N
 def test_a_death_is_told_and_ends_every_request(
     threaded: Threaded, caplog: pytest.LogCaptureFixture
 ) -> None:
-    threaded.thread.start()
+    schedule = threaded.rig.engine.scheduler.schedule
     first = submit(threaded, PROMPT, max_new_tokens=50, ignore_eos=True)
-    threaded.wait_for(first, tokens=1)
 
-    def broken() -> None:
-        raise AssertionError("a bug in the scheduler")
+    def schedule_once() -> Any:
+        if threaded.rig.tokens(first):
+            raise AssertionError("a bug in the scheduler")
+        return schedule()
 
-    threaded.rig.engine.scheduler.schedule = broken  # type: ignore[method-assign, assignment]
+    threaded.rig.engine.scheduler.schedule = schedule_once  # type: ignore[method-assign]
+    threaded.thread.start()
     threaded.wait_for(first)
     threaded.thread.stop()
     assert isinstance(threaded.rig.error(first), EngineDead)
