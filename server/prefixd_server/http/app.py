@@ -10,6 +10,8 @@ from importlib.metadata import version as package_version
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.types import ASGIApp
 
 from prefixd_server.http import downloads, health, native, tasks, uploads
 from prefixd_server.http.errors import install_error_handlers
@@ -20,6 +22,13 @@ __all__ = ["create_app"]
 
 _DESCRIPTION = """Multi-tenant inference with trained prefixes: one frozen language model, \
 a task for every prefix."""
+
+
+class _Application(FastAPI):
+    def build_middleware_stack(self) -> ASGIApp:
+        """Of FastAPI's own layers the one that our routes need."""
+        answering = ExceptionMiddleware(self.router, handlers=self.exception_handlers)
+        return RequestMiddleware(answering, self.state.services)
 
 
 def create_app(services: Services) -> FastAPI:
@@ -34,7 +43,7 @@ def create_app(services: Services) -> FastAPI:
         finally:
             services.close()
 
-    app = FastAPI(
+    app = _Application(
         title="prefixd",
         version=package_version("prefixd"),
         description=_DESCRIPTION,
@@ -50,5 +59,4 @@ def create_app(services: Services) -> FastAPI:
             if isinstance(route, APIRoute):
                 methods[route.path].update(route.methods or ())
     install_error_handlers(app)
-    app.add_middleware(RequestMiddleware, services=services)
     return app

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from prefixd_server.errors import InvalidRequest, TooLarge
 from prefixd_server.http.errors import (
@@ -17,29 +19,38 @@ from prefixd_server.http.errors import (
     UnsupportedMediaType,
     shown,
 )
+from prefixd_server.http.inputs import Inputs
 
 __all__ = ["StrictRoute", "limited_body", "router"]
 
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-
 
 class StrictRoute(APIRoute):
-    """FastAPI ignores unknown query parameters, parses lenient JSON, reads any size; we refuse."""
+    """FastAPI ignores unknown query parameters, parses lenient JSON, reads any size; we refuse.
 
-    def get_route_handler(self) -> Handler:
-        handler = super().get_route_handler()
-        known = {parameter.alias for parameter in self.dependant.query_params}
-        takes_json = self.body_field is not None
+    It declares and documents the route; what answers is ours, in a third of its time (inputs.py).
+    """
 
-        async def strict(request: Request) -> Response:
-            _check_query(request, known)
-            if takes_json:
-                _check_content_type(request)
-                request = _JsonRequest(request.scope, request.receive)
-                await request.json()  # here, where FastAPI does not wrap what it raises
-            return await handler(request)
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self._inputs = Inputs(self.dependant)
+        self._answer = TypeAdapter(self.response_model) if self.response_model else None
+        self.app = self._run
 
-        return strict
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        inputs = self._inputs
+        request = (_JsonRequest if inputs.takes_json else Request)(scope, receive)
+        _check_query(request, inputs.query_names)
+        if inputs.takes_json:
+            _check_content_type(request)
+        response = Response(status_code=self.status_code or 200)
+        answer = await self.endpoint(**await inputs.read(request, response))
+        if isinstance(answer, Response):
+            response = answer
+        elif self._answer is not None:
+            response.body = self._answer.dump_json(answer, by_alias=True)
+            response.headers["content-length"] = str(len(response.body))
+            response.headers["content-type"] = "application/json"
+        await response(scope, receive, send)
 
 
 def router(tag: str) -> APIRouter:
@@ -87,7 +98,7 @@ def _parse(body: bytes) -> Any:
         raise Malformed(f"malformed JSON: {error}", param="body") from None
 
 
-def _check_query(request: Request, known: set[str]) -> None:
+def _check_query(request: Request, known: frozenset[str]) -> None:
     for name in request.query_params:
         if name not in known:
             allowed = f"; known are {', '.join(sorted(known))}" if known else ""

@@ -56,6 +56,7 @@ def serve(
         access_log=False,
         lifespan="on",
         server_header=False,
+        proxy_headers=False,  # nothing here asks where a request came from
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
     )
     server = _Server(config, services, on_drain, on_ready)
