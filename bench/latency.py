@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -84,33 +85,26 @@ def run(url: str, size: Size, rate: float, swaps_per_s: int) -> Figures:
 async def _with_swaps(
     url: str, work: Sequence[Ask], rate: float, swaps_per_s: int
 ) -> tuple[list[Reply], list[float]]:
-    swapping = asyncio.create_task(_swap(url, swaps_per_s))
+    stop = threading.Event()
+    swapping = asyncio.create_task(asyncio.to_thread(_swap, url, swaps_per_s, stop))
     replies = await open_loop(url, work, rate, seed=1)
-    swapping.cancel()
+    stop.set()
     return replies, await swapping
 
 
-async def _swap(url: str, per_second: int) -> list[float]:
-    """Activate until cancelled; the seconds that each took, from the moment when it was due."""
+def _swap(url: str, per_second: int, stop: threading.Event) -> list[float]:
+    """Activate until told to stop; the seconds that each took, from the moment when it was due."""
     took: list[float] = []
-    pending: set[asyncio.Task[None]] = set()
     connection = Connection(url)
-
-    async def activate(number: int, due: float) -> None:
+    start = time.perf_counter()
+    due = start
+    while not stop.wait(max(0.0, due - time.perf_counter())):
+        number = len(took)
         body = {"version": 2 - (number // TASKS) % 2}
-        await connection.post(f"/v1/tasks/task-{number % TASKS}/activate", body)
+        connection.post(f"/v1/tasks/task-{number % TASKS}/activate", body)
         took.append(time.perf_counter() - due)
-
-    start, number = time.perf_counter(), 0
-    try:
-        while True:
-            due = start + number / per_second
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            pending.add(asyncio.create_task(activate(number, due)))
-            number += 1
-    except asyncio.CancelledError:
-        await asyncio.gather(*pending)
-        connection.close()
+        due = start + len(took) / per_second
+    connection.close()
     return took
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -124,35 +125,41 @@ async def _ask(url: str, ask: Ask, due: float) -> Reply:
 
 
 class Connection:
-    """Posts JSON over one connection, one request after another."""
+    """Posts JSON over one connection, one request after another, and blocks: what of an event loop
+    a request would use costs the client as much as the request costs the server's."""
 
     def __init__(self, url: str) -> None:
         self._address = urlsplit(url)
-        self._turn = asyncio.Lock()
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        assert self._address.hostname is not None
+        assert self._address.port is not None
+        self._socket = socket.create_connection((self._address.hostname, self._address.port))
 
-    async def post(self, path: str, body: dict[str, Any]) -> None:
+    def post(self, path: str, body: dict[str, Any]) -> None:
         """Raises RuntimeError unless the answer is 200."""
         data = json.dumps(body).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nHost: {self._address.netloc}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         )
-        async with self._turn:
-            if self._streams is None:
-                host, port = self._address.hostname, self._address.port
-                self._streams = await asyncio.open_connection(host, port)
-            reader, writer = self._streams
-            writer.write(head.encode() + data)
-            answer = (await reader.readuntil(b"\r\n\r\n")).lower()
-            _, _, length = answer.partition(b"content-length: ")
-            text = await reader.readexactly(int(length.split(b"\r\n", 1)[0]))
-        if b" 200 " not in answer.split(b"\r\n", 1)[0]:
+        self._socket.sendall(head.encode() + data)
+        answer, text = b"", b""
+        while not text:
+            answer = self._more(answer)
+            fields, _, text = answer.partition(b"\r\n\r\n")
+        length = int(fields.lower().partition(b"content-length: ")[2].split(b"\r\n", 1)[0])
+        while len(text) < length:
+            text = self._more(text)
+        if b" 200 " not in fields.split(b"\r\n", 1)[0]:
             raise RuntimeError(f"{path}: {text.decode()}")
 
+    def _more(self, data: bytes) -> bytes:
+        piece = self._socket.recv(1 << 16)
+        if not piece:
+            raise RuntimeError("the server closed the connection")
+        return data + piece
+
     def close(self) -> None:
-        if self._streams is not None:
-            self._streams[1].close()
+        self._socket.close()
 
 
 class _Answer(asyncio.Protocol):

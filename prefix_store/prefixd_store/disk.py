@@ -2,27 +2,24 @@
 
 ::
 
-    tenants/<tenant>/tasks/<task>.json           a TaskRecord, replaced as a whole
+    tasks.db                                     records and the feed, in SQLite (disk_records.py)
     tenants/<tenant>/blobs/<sha256>.safetensors  the prefixes
-    events.log                                   the feed (disk_feed.py)
-    lock                                         flock and intent (disk_lock.py)
     tmp/                                         files being written
 
-A publication copies the blob to ``tmp/`` and fsyncs it; then, under the lock: intent, rename of the
-blob, rename of the record (the one step that makes it visible), event, intent cleared. Killed
-anywhere, the store is in the old state or in the new one, and the feed tells which.
+A publication copies the blob to ``tmp/`` and fsyncs it; then, within a transaction: rename of the
+blob, fsync of its folder, record, event. Killed anywhere, the store is in the old state or in the
+new one.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from prefixd_store.base import (
     Change,
@@ -33,20 +30,15 @@ from prefixd_store.base import (
     is_sha256,
     make_change,
 )
-from prefixd_store.disk_feed import EventLog, NotLines
 from prefixd_store.disk_files import (
     TempFile,
     make_folder,
-    os_errors,
-    read_file,
     read_hashed,
-    remove_file,
-    replace_file,
     stage_copy,
     sweep,
     temp_file,
 )
-from prefixd_store.disk_lock import HeldLock, StoreLock
+from prefixd_store.disk_records import RecordFile, Row, find
 from prefixd_store.errors import CorruptBlob, NotFound, PrefixdError, StoreUnavailable
 from prefixd_store.mutations import Mutation, blobs_of, decode
 from prefixd_store.records import Event, TaskRecord, VersionRecord, check_name
@@ -56,121 +48,89 @@ __all__ = ["DiskStore"]
 
 _log = logging.getLogger(__name__)
 
-_Stamp = tuple[int, int, int]
-
 
 class DiskStore(RecordStore):
-    """``max_log_bytes``: when the feed starts a new generation. ``poll_seconds``: how often a
-    waiting :meth:`events` looks."""
+    """The feed keeps about ``max_events``. ``poll_seconds``: how often a waiting :meth:`events`
+    looks. Not to be used across a fork."""
 
-    def __init__(
-        self, root: Path, *, max_log_bytes: int = 4 << 20, poll_seconds: float = 0.1
-    ) -> None:
+    def __init__(self, root: Path, *, max_events: int = 100_000, poll_seconds: float = 0.1) -> None:
         self.root = root.expanduser().absolute()
         self._tmp = self.root / "tmp"
         self._tenants = self.root / "tenants"
+        self._path = self.root / "tasks.db"
         self._poll_seconds = poll_seconds
-        self._lock = StoreLock(self.root / "lock")
-        self._feed = EventLog(self.root / "events.log", self._tmp, max_log_bytes)
         self._durable: set[Path] = set()
-        self._read_at: tuple[str | None, _Stamp | None] = (None, None)
-        """a cursor with nothing after it while the feed's stamp is this one"""
-        with os_errors():
+        with self._errors():
             self._make_folder(self._tmp)
             self._make_folder(self._tenants)
             sweep(self._tmp)
-            with self._exclusive():
-                self._feed.ensure()
+            self._records = RecordFile(self._path, max_events, self._of_earlier_versions)
 
     # --- tasks -----------------------------------------------------------------------------------
-    @os_errors()
     def list_tasks(
         self, tenant: str, *, prefix: str = "", limit: int = 100, cursor: str | None = None
     ) -> TaskPage:
         check_limit(limit)
-        names = self._task_names(check_name(tenant, param="tenant"))
-        names = names[bisect_right(names, cursor) :] if cursor else names
-        names = [name for name in names if name.startswith(prefix)]
-        page = names[:limit]
-        more = page[-1] if len(names) > limit else None
-        return TaskPage(list(self._readable(tenant, page)), more)
+        check_name(tenant, param="tenant")
+        with self._errors():
+            rows = self._records.page(tenant, prefix, cursor or "", limit + 1)
+        more = rows[limit - 1].name if len(rows) > limit else None
+        return TaskPage(list(self._readable(rows[:limit])), more)
 
-    @os_errors()
     def all_tasks(self) -> list[TaskRecord]:
-        tenants = _valid_names(path.name for path in self._tenants.iterdir())
-        return [task for t in tenants for task in self._readable(t, self._task_names(t))]
+        with self._errors():
+            return list(self._readable(self._records.all()))
 
-    def _task_names(self, tenant: str) -> list[str]:
-        try:
-            files = os.listdir(self._tenants / tenant / "tasks")
-        except (FileNotFoundError, NotADirectoryError):
-            self._require_root()
-            return []
-        # Only the last suffix is ours: a task called "a.json" is the file "a.json.json".
-        return _valid_names(file[: -len(".json")] for file in files if file.endswith(".json"))
-
-    def _readable(self, tenant: str, names: list[str]) -> Iterator[TaskRecord]:
-        for name in names:
+    def _readable(self, rows: list[Row]) -> Iterator[TaskRecord]:
+        for row in rows:
             try:
-                task = self._find(tenant, name)
+                yield self._decoded(row)
             except StoreUnavailable as error:
-                if error.code != "corrupt_record":
-                    raise
                 _log.error("left out of the list: %s", error)
-                continue
-            if task is not None:
-                yield task
 
-    @os_errors()
     def _find(self, tenant: str, task: str) -> TaskRecord | None:
-        path = self._record_path(tenant, task)
+        with self._errors():
+            row = self._records.find(tenant, task)
+        return row and self._decoded(row)
+
+    def _decoded(self, row: Row) -> TaskRecord:
         try:
-            return decode(read_file(path), tenant, task)
-        except FileNotFoundError:
-            self._require_root()
-            return None
+            return decode(row.record, row.tenant, row.name)
         except ValueError as error:
-            raise damaged_record(str(path), error) from None
+            where = f"{row.tenant}/{row.name} in {self._path}"
+            raise damaged_record(where, error) from None
 
     # --- changes ---------------------------------------------------------------------------------
-    @os_errors()
     def _apply(self, tenant: str, task: str, mutation: Mutation) -> Change:
-        return self._commit(tenant, task, mutation, None, "")
+        with self._errors():
+            return self._commit(tenant, task, mutation, None, "")
 
-    @os_errors()
     def _publish(
         self, tenant: str, task: str, mutation: Mutation, blob: Path, version: VersionRecord
     ) -> Change:
-        with temp_file(self._tmp) as staged:
+        with self._errors(), temp_file(self._tmp) as staged:
             stage_copy(blob, staged, version.sha256)
             return self._commit(tenant, task, mutation, staged, version.sha256)
 
     def _commit(
         self, tenant: str, task: str, mutation: Mutation, staged: TempFile | None, sha256: str
     ) -> Change:
-        with self._exclusive() as lock:
-            change = make_change(self._find(tenant, task), mutation)
+        with self._records.changing() as connection:
+            row = find(connection, tenant, task)
+            change = make_change(row and self._decoded(row), mutation)
             if staged is not None:
                 # Even where the blob exists: the same bytes, so this heals one that was damaged.
                 target = self._blob_path(tenant, sha256)
                 self._make_folder(target.parent)
                 staged.publish(target)
-            if change.after is not change.before:
-                lock.write_intent(tenant, task)
-                self._replace_record(tenant, task, change)
-                self._tell(tenant, task, change.after)
-                lock.clear_intent()
-            return change
-
-    def _replace_record(self, tenant: str, task: str, change: Change) -> None:
-        for sha256 in change.released:
-            self._start_grace(tenant, sha256)
-        path = self._record_path(tenant, task)
-        if change.after is None:
-            remove_file(path)
-        else:
-            self._make_folder(path.parent)
-            replace_file(self._tmp, path, change.encoded)
+            for released in change.released:
+                self._start_grace(tenant, released)
+            if change.after is None:
+                self._records.delete(connection, tenant, task)
+            elif change.after is not change.before:
+                changed = Row(tenant, task, change.encoded)
+                self._records.put(connection, changed, change.after.revision)
+        return change
 
     def _start_grace(self, tenant: str, sha256: str) -> None:
         try:
@@ -178,44 +138,18 @@ class DiskStore(RecordStore):
         except FileNotFoundError:
             _log.error("%s is missing", self._blob_path(tenant, sha256))
 
-    def _tell(self, tenant: str, task: str, record: TaskRecord | None) -> None:
-        revision = record.revision if record else 0
-        kind: Literal["put", "delete"] = "put" if record else "delete"
-        self._feed.append(Event(cursor="", kind=kind, tenant=tenant, task=task, revision=revision))
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[HeldLock]:
-        with self._lock.hold() as lock:
-            assert lock is not None
-            self._recover(lock)
-            yield lock
-
-    def _recover(self, lock: HeldLock) -> None:
-        """Tell the feed what a writer that died may have changed without telling."""
-        intent = lock.read_intent()
-        if intent is None:
-            return
-        tenant, task = intent
-        try:
-            self._tell(tenant, task, self._find(tenant, task))
-        except StoreUnavailable as error:
-            if error.code != "corrupt_record":
-                raise
-            _log.error("%s", error)
-        lock.clear_intent()
-
     # --- blobs -----------------------------------------------------------------------------------
-    @os_errors()
     def read_blob(
         self, tenant: str, sha256: str, *, progress: Callable[[int], None] | None = None
     ) -> memoryview:
         """``progress`` is called with the number of bytes of each piece as it arrives."""
         path = self._blob_path(check_name(tenant, param="tenant"), check_sha256(sha256))
-        try:
-            data, found = read_hashed(path, progress)
-        except FileNotFoundError:
-            self._require_root()
-            raise NotFound(f"blob {sha256} does not exist", param="sha256") from None
+        with self._errors():
+            try:
+                data, found = read_hashed(path, progress)
+            except FileNotFoundError:
+                os.stat(self._tenants)  # tells a blob that is not there from a disk that is not
+                raise NotFound(f"blob {sha256} does not exist", param="sha256") from None
         if found != sha256:
             error = CorruptBlob(
                 f"blob {path} ({len(data)} bytes) hashes to {found}, not to its name"
@@ -225,70 +159,39 @@ class DiskStore(RecordStore):
         return data
 
     # --- upkeep ----------------------------------------------------------------------------------
-    @os_errors()
     def events(self, after: str | None, *, timeout: float) -> list[Event]:
         deadline = time.monotonic() + timeout
         while True:
-            # Taken before the log is read: what comes after it changes the next one.
-            stamp = self._stamp()
-            found = []
-            if stamp is None or self._read_at != (after, stamp):
-                found = self._read_feed(after)
-                if not found:
-                    self._read_at = (after, stamp)
-                elif stamp and self._feed.is_end(found[-1].cursor, stamp):
-                    self._read_at = (found[-1].cursor, stamp)
+            with self._errors():
+                found = self._records.events(after)
             remaining = deadline - time.monotonic()
             if found or remaining <= 0:
                 return found
             time.sleep(min(self._poll_seconds, remaining))
 
-    def _stamp(self) -> _Stamp | None:
-        """The feed's while nobody is at work; None: it is to be read."""
-        return None if self._lock.has_intent() else self._feed.stamp()
-
-    def _read_feed(self, after: str | None) -> list[Event]:
-        if self._lock.has_intent():
-            # Either somebody is at work and will tell, or has died and we tell for them.
-            with self._lock.hold(wait=False) as lock:
-                if lock is not None:
-                    self._recover(lock)
-        try:
-            return self._feed.read(after)
-        except (FileNotFoundError, NotLines):
-            with self._exclusive():
-                self._feed.ensure()
-            return self._feed.read(after)
-
-    @os_errors()
     def ping(self) -> None:
-        self._read_feed(None)
+        self.events(None, timeout=0)
         if not os.access(self._tmp, os.W_OK):
             raise StoreUnavailable(f"the disk store cannot write to {self._tmp}")
 
-    @os_errors()
     def collect_garbage(self, *, grace_seconds: float = 60.0) -> int:
-        freed = sweep(self._tmp)
-        for tenant in _valid_names(path.name for path in self._tenants.iterdir()):
-            with self._exclusive():
-                freed += self._collect_tenant(tenant, time.time() - grace_seconds)
-        return freed
+        with self._errors():
+            freed = sweep(self._tmp)
+            for tenant in self._tenant_names():
+                with self._records.changing() as held:  # nobody publishes a blob meanwhile
+                    freed += self._collect_tenant(held, tenant, time.time() - grace_seconds)
+            return freed
 
-    def _collect_tenant(self, tenant: str, cutoff: float) -> int:
+    def _collect_tenant(self, connection: sqlite3.Connection, tenant: str, cutoff: float) -> int:
         try:
-            used = {
-                sha for n in self._task_names(tenant) for sha in blobs_of(self._find(tenant, n))
-            }
-            blobs = list((self._tenants / tenant / "blobs").glob("*.safetensors"))
-        except FileNotFoundError:
-            self._require_root()
-            return 0
-        except PrefixdError as error:
+            rows = self._records.of_tenant(connection, tenant)
+            used = {sha256 for row in rows for sha256 in blobs_of(self._decoded(row))}
+        except StoreUnavailable as error:
             # A record that cannot be read may name any blob.
             _log.error("no garbage of tenant %s is collected: %s", tenant, error)
             return 0
         freed = 0
-        for path in blobs:
+        for path in (self._tenants / tenant / "blobs").glob("*.safetensors"):
             stat = path.stat()
             if is_sha256(path.stem) and path.stem not in used and stat.st_mtime <= cutoff:
                 path.unlink()
@@ -296,18 +199,36 @@ class DiskStore(RecordStore):
         return freed
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        with self._errors():
+            self._records.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What the operating system or SQLite refuses is StoreUnavailable, with its reason."""
+        try:
+            yield
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            raise StoreUnavailable(
+                f"the disk store failed: {error.strerror or error}{where}"
+            ) from error
+        except sqlite3.Error as error:
+            raise StoreUnavailable(f"the disk store failed: {error}: {self._path}") from error
+
+    def _of_earlier_versions(self) -> Iterator[Row]:
+        """The records of a folder from the time when each was a JSON file."""
+        for path in sorted(self._tenants.glob("*/tasks/*.json")):
+            tenant, name = path.parts[-3], path.name.removesuffix(".json")
+            if _is_name(tenant) and _is_name(name):
+                yield Row(tenant, name, path.read_bytes())
 
     # --- paths -----------------------------------------------------------------------------------
-    def _record_path(self, tenant: str, task: str) -> Path:
-        return self._tenants.joinpath(tenant, "tasks", f"{task}.json")
+    def _tenant_names(self) -> list[str]:
+        """Whatever else lies in the folder is not ours."""
+        return sorted(filter(_is_name, os.listdir(self._tenants)))
 
     def _blob_path(self, tenant: str, sha256: str) -> Path:
         return self._tenants.joinpath(tenant, "blobs", f"{sha256}.safetensors")
-
-    def _require_root(self) -> None:
-        """Tell a task that is not there from a disk that is not there."""
-        os.stat(self._tenants)
 
     def _make_folder(self, folder: Path) -> None:
         """Create ``folder`` durably. One that exists may be without its creator's fsync of the
@@ -318,11 +239,6 @@ class DiskStore(RecordStore):
             self._make_folder(folder.parent)
         make_folder(folder)
         self._durable.add(folder)
-
-
-def _valid_names(names: Iterator[str]) -> list[str]:
-    """Those that may be names, in order; whatever else lies in the folder is not ours."""
-    return sorted(name for name in names if _is_name(name))
 
 
 def _is_name(name: str) -> bool:

@@ -11,18 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefixd_store.buffers import READ_PIECE, new_buffer
-from prefixd_store.errors import CorruptBlob, StoreUnavailable
+from prefixd_store.errors import CorruptBlob
 
 __all__ = [
     "PIECE",
     "TempFile",
     "fsync_folder",
     "make_folder",
-    "os_errors",
-    "read_file",
     "read_hashed",
-    "remove_file",
-    "replace_file",
     "stage_copy",
     "sweep",
     "temp_file",
@@ -30,18 +26,6 @@ __all__ = [
 
 PIECE = 8 << 20
 """bytes moved at a time; bounds the memory of a copy"""
-
-
-@contextmanager
-def os_errors() -> Iterator[None]:
-    """Turn what the operating system refuses into :class:`StoreUnavailable` with its reason."""
-    try:
-        yield
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        raise StoreUnavailable(
-            f"the disk store failed: {error.strerror or error}{where}"
-        ) from error
 
 
 def fsync_folder(folder: Path) -> None:
@@ -133,17 +117,6 @@ def _same_file(path: Path, fd: int) -> bool:
     return path.exists() and os.path.samestat(path.stat(), os.fstat(fd))
 
 
-def replace_file(tmp: Path, target: Path, data: bytes) -> None:
-    with temp_file(tmp) as file:
-        file.write(data)
-        file.publish(target)
-
-
-def remove_file(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    fsync_folder(path.parent)
-
-
 def stage_copy(source: Path, file: TempFile, sha256: str) -> None:
     """Copy ``source`` into ``file`` and onto the device; what is published is what was hashed.
 
@@ -157,18 +130,6 @@ def stage_copy(source: Path, file: TempFile, sha256: str) -> None:
     if digest.hexdigest() != sha256:
         raise CorruptBlob(f"{source} hashes to {digest.hexdigest()}, its record says {sha256}")
     os.fsync(file.fd)  # the slow one, before the store's lock is taken
-
-
-def read_file(path: str | Path) -> bytes:
-    """All of a small file, in fewer calls of the system than Python's own files make."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        pieces = []
-        while piece := os.read(fd, 1 << 16):
-            pieces.append(piece)
-        return b"".join(pieces)
-    finally:
-        os.close(fd)
 
 
 def read_hashed(path: Path, progress: Callable[[int], None] | None) -> tuple[memoryview, str]:

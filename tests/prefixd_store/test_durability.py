@@ -1,7 +1,7 @@
 """kill -9 at any moment: what was acknowledged is whole, what was not is absent, the feed is right.
 
 The writers and the Redis server that are killed are real processes. On disk the moment is also
-swept: a writer dies before each of its system calls that change anything, one after the other.
+swept: a writer dies before each of its system calls and statements, one after the other.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def test_uploads_survive_a_killed_writer(durable: Backend, tmp_path: Path) -> No
 
 
 def put_and_die(url: str, blob: Blob, calls: int) -> None:
-    """Upload ``blob``, but kill this process instead of its system call number ``calls``."""
+    """Upload ``blob``, but kill this process instead of its call number ``calls``: of the system,
+    or of SQLite, whose COMMIT is as whole as SQLite is."""
     store = Backend(url).open()
     left = itertools.count(calls, -1)
 
@@ -145,12 +146,14 @@ def put_and_die(url: str, blob: Blob, calls: int) -> None:
 
         return wrapper
 
-    for name in ("fsync", "rename", "write", "pwrite", "ftruncate", "mkdir", "utime"):
+    for name in ("fsync", "rename", "write", "mkdir", "utime", "close"):
         setattr(os, name, dying(getattr(os, name)))
+    with store._records.reading() as connection:  # type: ignore[attr-defined]
+        connection.set_trace_callback(dying(lambda statement: None))
     put(store, "e2e", blob)
 
 
-def test_a_writer_may_die_before_any_of_its_system_calls(tmp_path: Path) -> None:
+def test_a_writer_may_die_before_any_of_its_calls(tmp_path: Path) -> None:
     outcomes = []
     for calls in range(40):
         backend = Backend(str(tmp_path / f"store-{calls}"))
