@@ -39,7 +39,13 @@ from prefixd_store.disk_files import (
     temp_file,
 )
 from prefixd_store.disk_records import RecordFile, Row, find
-from prefixd_store.errors import CorruptBlob, NotFound, PrefixdError, StoreUnavailable
+from prefixd_store.errors import (
+    CorruptBlob,
+    InvalidRequest,
+    NotFound,
+    PrefixdError,
+    StoreUnavailable,
+)
 from prefixd_store.mutations import Mutation, blobs_of, decode
 from prefixd_store.records import Event, TaskRecord, VersionRecord, check_name
 from prefixd_store.store import TaskPage
@@ -65,6 +71,7 @@ class DiskStore(RecordStore):
             self._make_folder(self._tenants)
             sweep(self._tmp)
             self._records = RecordFile(self._path, max_events, self._of_earlier_versions)
+            self._retire_earlier_records()
 
     # --- tasks -----------------------------------------------------------------------------------
     def list_tasks(
@@ -95,8 +102,9 @@ class DiskStore(RecordStore):
 
     def _decoded(self, row: Row) -> TaskRecord:
         try:
+            check_name(row.name)
             return decode(row.record, row.tenant, row.name)
-        except ValueError as error:
+        except (ValueError, InvalidRequest) as error:
             where = f"{row.tenant}/{row.name} in {self._path}"
             raise damaged_record(where, error) from None
 
@@ -178,25 +186,37 @@ class DiskStore(RecordStore):
         with self._errors():
             freed = sweep(self._tmp)
             for tenant in self._tenant_names():
-                with self._records.changing() as held:  # nobody publishes a blob meanwhile
-                    freed += self._collect_tenant(held, tenant, time.time() - grace_seconds)
+                try:
+                    freed += self._collect_tenant(tenant, time.time() - grace_seconds)
+                except StoreUnavailable as error:
+                    if error.code != "corrupt_record":
+                        raise
+                    # A record that cannot be read may name any blob.
+                    _log.error("no garbage of tenant %s is collected: %s", tenant, error)
             return freed
 
-    def _collect_tenant(self, connection: sqlite3.Connection, tenant: str, cutoff: float) -> int:
-        try:
-            rows = self._records.of_tenant(connection, tenant)
-            used = {sha256 for row in rows for sha256 in blobs_of(self._decoded(row))}
-        except StoreUnavailable as error:
-            # A record that cannot be read may name any blob.
-            _log.error("no garbage of tenant %s is collected: %s", tenant, error)
+    def _collect_tenant(self, tenant: str, cutoff: float) -> int:
+        # All is read while others make changes; with them kept out, only what changed meanwhile.
+        event, rows = self._records.of_tenant(tenant)
+        used = self._blobs_of(rows)
+        folder = self._tenants / tenant / "blobs"
+        unused = [
+            p for p in folder.glob("*.safetensors") if is_sha256(p.stem) and p.stem not in used
+        ]
+        if not any(path.stat().st_mtime <= cutoff for path in unused):
             return 0
         freed = 0
-        for path in (self._tenants / tenant / "blobs").glob("*.safetensors"):
-            stat = path.stat()
-            if is_sha256(path.stem) and path.stem not in used and stat.st_mtime <= cutoff:
-                path.unlink()
-                freed += stat.st_size
+        with self._records.changing() as connection:
+            used |= self._blobs_of(self._records.changed_since(connection, tenant, event))
+            for path in unused:
+                stat = path.stat()
+                if path.stem not in used and stat.st_mtime <= cutoff:
+                    path.unlink()
+                    freed += stat.st_size
         return freed
+
+    def _blobs_of(self, rows: list[Row]) -> set[str]:
+        return {sha256 for row in rows for sha256 in blobs_of(self._decoded(row))}
 
     def close(self) -> None:
         with self._errors():
@@ -217,10 +237,21 @@ class DiskStore(RecordStore):
 
     def _of_earlier_versions(self) -> Iterator[Row]:
         """The records of a folder from the time when each was a JSON file."""
-        for path in sorted(self._tenants.glob("*/tasks/*.json")):
+        paths = sorted(self._tenants.glob("*/tasks/*.json"))
+        if not paths and next(self._tenants.glob("*/blobs/*"), None):
+            raise StoreUnavailable(
+                f"{self._tenants} holds prefixes, but {self._path}, which names their tasks, is"
+                " missing: put it back, or move the prefixes away"
+            )
+        for path in paths:
             tenant, name = path.parts[-3], path.name.removesuffix(".json")
             if _is_name(tenant) and _is_name(name):
                 yield Row(tenant, name, path.read_bytes())
+
+    def _retire_earlier_records(self) -> None:
+        """They are in the database: nobody is to take them in again, or for what is the case."""
+        for folder in self._tenants.glob("*/tasks"):
+            folder.rename(folder.with_name("tasks.taken-in"))
 
     # --- paths -----------------------------------------------------------------------------------
     def _tenant_names(self) -> list[str]:

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,8 @@ _TABLES = (
     # Every cursor names an event, the first one this.
     "INSERT INTO events VALUES (1, 'reset', '', '', 0)",
 )
-_BUSY_S = 30.0
+_BUSY_S = 4.0
+"""how long a change waits for others'; shorter than a request waits for the store"""
 _READ_LIMIT = 1000
 _TRIM_EVERY = 1000
 
@@ -46,34 +47,36 @@ class Row(NamedTuple):
 
 
 class RecordFile:
-    """One connection, which threads share. Raises OSError and sqlite3.Error.
+    """A connection that reads and one that changes, which threads share.
 
     The feed keeps about ``max_events``. A new file begins with the records that ``first`` gives.
+    Raises StoreUnavailable, OSError and sqlite3.Error.
     """
 
     def __init__(self, path: Path, max_events: int, first: Callable[[], Iterable[Row]]) -> None:
-        self._path = path
+        assert max_events > 0, max_events
         self._max_events = max_events
-        self._turn = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None
-        self._generation = ""
         _make_tables(path, first)
-        with self.reading():
-            pass
+        # Apart: whoever waits to change something, or for the device, keeps no reader waiting.
+        self._reader, self._writer = _Connection(path), _Connection(path)
+        with self.reading() as connection:
+            (generation,) = connection.execute("SELECT id FROM generation").fetchone()
+        # With the file's number: another file may be a copy of this one.
+        self._generation = f"{generation}{os.stat(path).st_ino:x}"
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        with self._turn:
-            yield self._opened()
+        with self._reader.turn() as connection:
+            self._reader.check()
+            yield connection
 
     @contextmanager
     def changing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that excludes others' changes from its beginning; nothing on an error."""
-        with self._turn:
-            connection = self._opened()
+        with self._writer.turn() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
+                self._writer.check()
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
@@ -82,8 +85,8 @@ class RecordFile:
                 raise
 
     def close(self) -> None:
-        with self._turn:
-            self._close()
+        self._reader.close()
+        self._writer.close()
 
     # --- records ---------------------------------------------------------------------------------
     def find(self, tenant: str, name: str) -> Row | None:
@@ -106,11 +109,22 @@ class RecordFile:
         with self.reading() as connection:
             return [Row(*row) for row in connection.execute(query, given)]
 
-    def of_tenant(self, connection: sqlite3.Connection, tenant: str) -> list[Row]:
+    def of_tenant(self, tenant: str) -> tuple[int, list[Row]]:
+        """All of a tenant's, and the number of an event after which they may have changed."""
         query = "SELECT tenant, name, record FROM tasks WHERE tenant = ?"
-        return [Row(*row) for row in connection.execute(query, (tenant,))]
+        with self.reading() as connection:
+            (last,) = connection.execute("SELECT max(id) FROM events").fetchone()
+            return last, [Row(*row) for row in connection.execute(query, (tenant,))]
 
     # --- within a change -------------------------------------------------------------------------
+    def changed_since(self, connection: sqlite3.Connection, tenant: str, event: int) -> list[Row]:
+        query = """
+            SELECT DISTINCT tasks.tenant, name, record FROM tasks
+            JOIN events ON events.tenant = tasks.tenant AND events.task = name
+            WHERE tasks.tenant = ? AND events.id > ?
+        """
+        return [Row(*row) for row in connection.execute(query, (tenant, event))]
+
     def put(self, connection: sqlite3.Connection, row: Row, revision: int) -> None:
         connection.execute("REPLACE INTO tasks VALUES (?, ?, ?)", row)
         self._tell(connection, ("put", row.tenant, row.name, revision))
@@ -132,11 +146,13 @@ class RecordFile:
         query = """
             SELECT id, kind, tenant, task, revision FROM events WHERE id >= ? ORDER BY id LIMIT ?
         """
+        number = self._number(after)
         with self.reading() as connection:
-            number = self._number(after)
-            rows = connection.execute(query, (number, _READ_LIMIT + 1)).fetchall()
-            if rows and rows[0][0] == number:
-                return [self._event(*row) for row in rows[1:]]
+            if number:
+                rows = connection.execute(query, (number, _READ_LIMIT + 1)).fetchall()
+                with suppress(ValueError):  # a row that somebody has damaged
+                    if rows and rows[0][0] == number:
+                        return [self._event(*row) for row in rows[1:]]
             (last,) = connection.execute("SELECT max(id) FROM events").fetchone()
             return [self._event(last, "reset")]
 
@@ -150,14 +166,39 @@ class RecordFile:
         known = generation == self._generation and number.isascii() and number.isdigit()
         return int(number) if known and len(number) < 19 else 0
 
-    # --- the file --------------------------------------------------------------------------------
-    def _opened(self) -> sqlite3.Connection:
-        # A connection outlives its file: what it then wrote would be lost.
+
+class _Connection:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._turn = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._file = (0, 0)
+
+    @contextmanager
+    def turn(self) -> Iterator[sqlite3.Connection]:
+        if not self._turn.acquire(timeout=_BUSY_S):
+            raise StoreUnavailable(f"{self._path} was busy for {_BUSY_S:g} s")
+        try:
+            if self._connection is None:
+                self._connection, self._file = self._connect(), self._present()
+            yield self._connection
+        finally:
+            self._turn.release()
+
+    def check(self) -> None:
+        """A connection outlives its file: what it then wrote would be lost."""
+        if self._present() != self._file:
+            raise StoreUnavailable(f"{self._path} was replaced while in use; start again")
+
+    def close(self) -> None:
+        with self._turn:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _present(self) -> tuple[int, int]:
         found = os.stat(self._path)
-        if self._connection is None or self._file != (found.st_dev, found.st_ino):
-            self._close()
-            self._connection, self._file = self._connect(), (found.st_dev, found.st_ino)
-        return self._connection
+        return found.st_dev, found.st_ino
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -168,22 +209,13 @@ class RecordFile:
             check_same_thread=False,
         )
         try:
-            (layout,) = connection.execute("PRAGMA user_version").fetchone()
-            if layout != _LAYOUT:
+            if (layout := _layout(connection)) != _LAYOUT:
                 raise StoreUnavailable(f"{self._path} has layout {layout}, not {_LAYOUT}")
             connection.execute("PRAGMA synchronous = FULL")
-            # With the inode: a cursor is of no use to a copy that was put in the file's place.
-            (generation,) = connection.execute("SELECT id FROM generation").fetchone()
-            self._generation = f"{generation}{os.stat(self._path).st_ino:x}"
         except BaseException:
             connection.close()
             raise
         return connection
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
 
 
 def find(connection: sqlite3.Connection, tenant: str, name: str) -> Row | None:
@@ -196,8 +228,10 @@ def _make_tables(path: Path, first: Callable[[], Iterable[Row]]) -> None:
     """In a new file, or one whose creator died; who comes at the same time waits."""
     with closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as connection:
         _set_wal_mode(connection)
+        if _layout(connection) != 0:
+            return
         connection.execute("BEGIN IMMEDIATE")
-        if connection.execute("PRAGMA user_version").fetchone() == (0,):
+        if _layout(connection) == 0:
             for statement in _TABLES:
                 connection.execute(statement)
             connection.executemany("INSERT INTO tasks VALUES (?, ?, ?)", first())
@@ -207,14 +241,22 @@ def _make_tables(path: Path, first: Callable[[], Iterable[Row]]) -> None:
     fsync_folder(path.parent)
 
 
+def _layout(connection: sqlite3.Connection) -> int:
+    (layout,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(layout)
+
+
 def _set_wal_mode(connection: sqlite3.Connection) -> None:
     """Kept in the file. SQLite does not wait for others with this one, so we do."""
     deadline = time.monotonic() + _BUSY_S
     while True:
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
-        time.sleep(0.01)
+            time.sleep(0.01)
+        else:
+            if mode != "wal":
+                raise StoreUnavailable(f"SQLite cannot keep a write-ahead log here, only {mode}")
+            return

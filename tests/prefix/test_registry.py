@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -309,8 +311,8 @@ def test_a_damaged_record_does_not_hold_up_the_others(tmp_path: Path) -> None:
     here.registry.start()
     try:
         there.registry.activate(TENANT, "bad", {1: 1.0})
-        [record] = there.store.root.rglob("bad.json")
-        record.write_bytes(b"{")
+        with closing(sqlite3.connect(there.store.root / "tasks.db")) as database, database:
+            database.execute("UPDATE tasks SET record = '{' WHERE name = 'bad'")
         there.publish("good")
         here.wait_for("good", 1)
         assert here.registry.resolve(TENANT, "bad", None, 0.0).version == 1

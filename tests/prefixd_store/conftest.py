@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from prefixd_store.disk import DiskStore
 from prefixd_store.store import Store
 from tests.prefixd_store.support import Backend, Blob, make_blob
 from tests.support.redis_server import RedisServer, running_redis
@@ -57,3 +58,13 @@ def blob(tmp_path: Path) -> Any:
         return make_blob(tmp_path, size)
 
     return make
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def disk(root: Path) -> DiskStore:
+    return DiskStore(root)

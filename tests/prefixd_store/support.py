@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sqlite3
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,3 +120,9 @@ def blob_keys(backend: Backend) -> list[str]:
     with redis.Redis.from_url(backend.url) as client:
         pattern = f"{backend.options['namespace']}:blob:*"
         return [key.decode() for key in client.scan_iter(pattern, count=1000)]
+
+
+def in_sqlite(root: Path, query: str, *values: object) -> list[tuple[object, ...]]:
+    """As somebody does with SQLite's own tool."""
+    with closing(sqlite3.connect(root / "tasks.db")) as connection, connection:
+        return connection.execute(query, values).fetchall()

@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from multiprocessing.synchronize import Barrier
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prefixd_store import disk_records
 from prefixd_store.disk import DiskStore
 from prefixd_store.disk_files import sweep, temp_file
-from prefixd_store.errors import CorruptBlob, NotFound, StoreUnavailable
+from prefixd_store.errors import CorruptBlob, StoreUnavailable
 from prefixd_store.store import open_store
-from tests.prefixd_store.support import TENANT, Blob, MakeBlob, Replica, make_blob, put
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def disk(root: Path) -> DiskStore:
-    return DiskStore(root)
+from tests.prefixd_store.support import TENANT, Blob, MakeBlob, Replica, in_sqlite, make_blob, put
 
 
 def blob_path(root: Path, blob: Blob) -> Path:
     return root / f"tenants/{TENANT}/blobs/{blob.sha256}.safetensors"
-
-
-def execute(root: Path, query: str, *values: object) -> list[tuple[object, ...]]:
-    """As somebody does with SQLite's own tool."""
-    with closing(sqlite3.connect(root / "tasks.db")) as connection, connection:
-        return connection.execute(query, values).fetchall()
 
 
 def test_layout(root: Path, disk: DiskStore, blob: MakeBlob) -> None:
@@ -107,9 +89,9 @@ def test_a_damaged_record_is_reported_and_hides_no_other(
         put(disk, task, blob())
     kept = blob()
     put(disk, "b", kept)
-    ((a,),) = execute(root, "SELECT record FROM tasks WHERE name = 'a'")
+    ((a,),) = in_sqlite(root, "SELECT record FROM tasks WHERE name = 'a'")
     damaged = a if content == "elsewhere" else content.encode()
-    execute(root, "UPDATE tasks SET record = ? WHERE name = 'b'", damaged)
+    in_sqlite(root, "UPDATE tasks SET record = ? WHERE name = 'b'", damaged)
 
     where = f"{TENANT}/b in {root}/tasks.db"
     with pytest.raises(StoreUnavailable, match=where) as caught:
@@ -176,136 +158,34 @@ def test_writers_and_sweepers_do_not_disturb_each_other(root: Path, disk: DiskSt
     assert [(root / f"{n}").read_text() for n in range(200)] == [f"{n}" for n in range(200)]
 
 
-def test_a_reader_behind_the_kept_events_reads_everything_anew(root: Path, blob: MakeBlob) -> None:
-    disk = DiskStore(root, max_events=10)
-    replica, sleeper = Replica(disk), Replica(DiskStore(root))
-    put(disk, "e2e", blob())
-    for n in range(100):
-        disk.update_task(TENANT, "e2e", {"description": f"{n}"})
-        replica.follow()
-        ((kept,),) = execute(root, "SELECT count(*) FROM events")
-        assert isinstance(kept, int)
-        assert kept <= 20
-        assert replica.tasks[TENANT, "e2e"].description == f"{n}"
-    assert replica.resets == 1
-    sleeper.follow()
-    assert (sleeper.resets, sleeper.tasks) == (2, replica.tasks)
-
-
-def test_a_feed_longer_than_one_read_is_told_whole(
-    disk: DiskStore, blob: MakeBlob, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("between", ["published", "released", "damaged"])
+def test_what_changes_while_garbage_is_looked_for_is_kept(
+    root: Path, disk: DiskStore, blob: MakeBlob, monkeypatch: pytest.MonkeyPatch, between: str
 ) -> None:
-    upload = blob()
-    cursor = disk.events(None, timeout=0)[-1].cursor
-    names = [f"task-{n}" for n in range(7)]
-    for name in names:
-        put(disk, name, upload)
-    monkeypatch.setattr(disk_records, "_READ_LIMIT", 2)
-    told: list[str] = []
-    while events := disk.events(cursor, timeout=0):
-        assert len(events) <= 2
-        told += [event.task for event in events]
-        cursor = events[-1].cursor
-    assert told == names
+    litter, upload = blob(10), blob(10)
+    put(disk, "gone", litter)
+    disk.delete_task(TENANT, "gone")
+    put(disk, "e2e", upload)
+    disk.delete_task(TENANT, "e2e")
+    read = disk_records.RecordFile.of_tenant
 
+    def read_and_change(records: disk_records.RecordFile, tenant: str) -> tuple[int, list[Any]]:
+        found = read(records, tenant)
+        if between == "published":
+            put(disk, "e2e", upload)
+        elif between == "released":
+            put(disk, "e2e", upload)
+            disk.delete_task(TENANT, "e2e")
+        else:
+            put(disk, "e2e", upload)
+            in_sqlite(root, "UPDATE tasks SET record = '{' WHERE name = 'e2e'")
+        return found
 
-@pytest.mark.parametrize("cursor", ["", ":", "elsewhere:1", "{generation}:", "{generation}:-1"])
-@pytest.mark.parametrize("digits", ["0", "2", "²", "99999999999999999999"])
-def test_a_cursor_of_another_file_resets(disk: DiskStore, cursor: str, digits: str) -> None:
-    (start,) = disk.events(None, timeout=0)
-    generation, number = start.cursor.split(":")
-    assert number == "1"
-    for given in (cursor.format(generation=generation), f"{generation}:{digits}"):
-        (event,) = disk.events(given, timeout=0)
-        assert (event.kind, event.cursor) == ("reset", start.cursor)
-
-
-def test_a_copy_put_in_the_files_place_is_read_and_resets(
-    root: Path, disk: DiskStore, blob: MakeBlob
-) -> None:
-    """Not while servers run, says the documentation; what one does that did is not to serve what is
-    gone, nor to write what is lost with it."""
-    put(disk, "kept", blob())
-    execute(root, "PRAGMA wal_checkpoint(TRUNCATE)")
-    shutil.copy(root / "tasks.db", root / "copy")
-    put(disk, "lost", blob())
-    replica = Replica(disk)
-    (root / "copy").rename(root / "tasks.db")
-    for suffix in ("-wal", "-shm"):
-        (root / f"tasks.db{suffix}").unlink()
-    replica.follow()
-    assert (replica.resets, list(replica.tasks)) == (2, [(TENANT, "kept")])
-    put(disk, "new", blob())
-    assert [task.name for task in DiskStore(root).all_tasks()] == ["kept", "new"]
-
-
-def test_records_that_were_json_files_are_taken_in_once(
-    root: Path, disk: DiskStore, blob: MakeBlob
-) -> None:
-    for task in ("a", "b.json"):
-        put(disk, task, blob())
-    before = disk.all_tasks()
-    disk.close()
-    folder = root / f"tenants/{TENANT}/tasks"
-    folder.mkdir()
-    for task in before:
-        (folder / f"{task.name}.json").write_text(task.model_dump_json())
-    (folder / "UPPER.json").write_text("no name of ours")
-    (root / "tasks.db").unlink()
-
-    disk = DiskStore(root)
-    assert disk.all_tasks() == before
-    disk.delete_task(TENANT, "a")
-    disk.close()
-    assert DiskStore(root).all_tasks() == before[1:]
-
-
-def open_store_and_put(root: Path, number: int, barrier: Barrier) -> None:
-    barrier.wait()
-    put(DiskStore(root), f"task-{number}", make_blob(root.parent, 10))
-
-
-def test_many_processes_may_create_it_at_the_same_time(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    for attempt in range(3):
-        root, barrier = tmp_path / f"store-{attempt}", spawn.Barrier(4)
-        processes = [
-            spawn.Process(target=open_store_and_put, args=(root, number, barrier))
-            for number in range(4)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [0] * 4
-        names = [task.name for task in DiskStore(root).all_tasks()]
-        assert names == [f"task-{number}" for number in range(4)]
-
-
-@pytest.mark.parametrize("content", [b"no database" * 100, b"SQLite format 3\0" + bytes(4000)])
-def test_a_file_that_is_no_database_is_unavailable(
-    root: Path, disk: DiskStore, content: bytes
-) -> None:
-    disk.close()
-    (root / "tasks.db").write_bytes(content)
-    with pytest.raises(StoreUnavailable, match=f"{root}/tasks.db"):
-        DiskStore(root)
-    with pytest.raises(StoreUnavailable, match=f"{root}/tasks.db"):
-        disk.get_task(TENANT, "e2e")
-    assert (root / "tasks.db").read_bytes() == content
-
-
-def test_the_file_of_a_later_version_is_unavailable(root: Path, disk: DiskStore) -> None:
-    execute(root, "PRAGMA user_version = 2")
-    with pytest.raises(StoreUnavailable, match=f"{root}/tasks.db has layout 2, not 1"):
-        DiskStore(root)
-
-
-def test_a_change_that_fails_leaves_the_next_one_free(disk: DiskStore, blob: MakeBlob) -> None:
-    put(disk, "e2e", blob())
-    with pytest.raises(NotFound):
-        disk.activate(TENANT, "e2e", {7: 1.0})
-    assert disk.activate(TENANT, "e2e", {1: 1.0}).active == 1
+    monkeypatch.setattr(disk_records.RecordFile, "of_tenant", read_and_change)
+    freed = disk.collect_garbage(grace_seconds=0)
+    assert blob_path(root, upload).exists()
+    assert blob_path(root, litter).exists() == (between == "damaged")
+    assert freed == (0 if between == "damaged" else 10)
 
 
 @contextmanager
@@ -346,13 +226,6 @@ def test_a_disk_too_full_for_a_record_is_unavailable_and_changes_nothing(
     assert disk.get_task(TENANT, "e2e") == before
     assert (replica.resets, replica.tasks) == (1, {(TENANT, "e2e"): before})
     assert disk.update_task(TENANT, "e2e", {"description": "x"}).description == "x"
-
-
-def test_what_is_acknowledged_is_on_the_device(disk: DiskStore) -> None:
-    """FULL: the log is fsynced at each commit; SQLite's builds differ in what they do unasked."""
-    with disk._records.reading() as connection:
-        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_a_folder_that_vanished_is_unavailable(root: Path, disk: DiskStore, blob: MakeBlob) -> None:

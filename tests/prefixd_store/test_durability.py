@@ -148,7 +148,7 @@ def put_and_die(url: str, blob: Blob, calls: int) -> None:
 
     for name in ("fsync", "rename", "write", "mkdir", "utime", "close"):
         setattr(os, name, dying(getattr(os, name)))
-    with store._records.reading() as connection:  # type: ignore[attr-defined]
+    with store._records.changing() as connection:  # type: ignore[attr-defined]
         connection.set_trace_callback(dying(lambda statement: None))
     put(store, "e2e", blob)
 

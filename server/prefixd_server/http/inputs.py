@@ -8,10 +8,12 @@ than to answer it. Here is what our routes use.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from inspect import iscoroutinefunction
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.dependencies.models import Dependant
+from fastapi.params import Form
 
 from prefixd_server.http.errors import invalid_request
 
@@ -74,10 +76,16 @@ def _check(
 def _refuse_what_is_not_read(signature: Dependant) -> None:
     """Raise NotImplementedError, when the route is declared, for what would be left out."""
     unread: list[Any] = [*signature.cookie_params, *signature.body_params[1:]]
+    unread += [field for field in signature.body_params if isinstance(field.field_info, Form)]
     for asked in signature.dependencies:
-        if not asked.request_param_name:
-            raise NotImplementedError(f"{asked.call} does not take the request")
+        if not asked.request_param_name or not asked.name:
+            raise NotImplementedError(f"{asked.call} does not take the request, or gives nothing")
         unread += [*asked.path_params, *asked.query_params, *asked.header_params]
         unread += [*asked.cookie_params, *asked.body_params, *asked.dependencies]
     if unread:
         raise NotImplementedError(f"{signature.call}: {', '.join(str(f.name) for f in unread)}")
+    for declared in (signature, *signature.dependencies):
+        if not iscoroutinefunction(declared.call):
+            raise NotImplementedError(f"{declared.call} is not a coroutine function")
+        if declared.background_tasks_param_name or declared.http_connection_param_name:
+            raise NotImplementedError(f"{declared.call} takes neither a request nor a response")
