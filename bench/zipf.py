@@ -1,6 +1,8 @@
 """Ten thousand tasks, Zipf traffic and a small device cache: ``python bench/zipf.py``.
 
-32 requests are always in flight. Three cases, over HTTP:
+32 requests are always in flight, with answers of half to one and a half times the usual length:
+of one length they would all end and begin together, and no decode would meet a prompt but where a
+miss has broken the step. Three cases, over HTTP:
 
 one task   every request names the same task
 cold       tasks drawn by Zipf's law with exponent 1; a fresh server, nothing cached in host memory,
@@ -84,8 +86,9 @@ class Bench:
         return figures | {"distinct": distinct, "loads": count_loads(loads)}
 
     def _asks(self, tasks: Sequence[str]) -> list[Ask]:
-        texts = prompts(len(tasks))
-        return [Ask(t, text, self.size.new_tokens) for t, text in zip(tasks, texts, strict=True)]
+        texts, mean = prompts(len(tasks)), self.size.new_tokens
+        lengths = np.random.default_rng(0).integers(mean // 2, mean + mean // 2 + 1, len(tasks))
+        return [Ask(*ask) for ask in zip(tasks, texts, lengths.tolist(), strict=True)]
 
 
 def load(url: str, work: Sequence[Ask]) -> Figures:
@@ -125,7 +128,8 @@ def main() -> None:
     report = Report(
         "zipf",
         options.size,
-        f"{size.requests} requests of {size.new_tokens} greedy tokens, {CONCURRENCY} in flight, "
+        f"{size.requests} requests of {size.new_tokens // 2} to {size.new_tokens * 3 // 2} greedy "
+        f"tokens, {CONCURRENCY} in flight, "
         f"{size.tasks} tasks with prefixes of {NUM_VIRTUAL_TOKENS} virtual tokens (float16, "
         f"distinct files) in a disk store, {size.rounds} rounds. "
         f"Cold: {size.device_prefixes} prefixes on the device, none in host memory, "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,3 +129,63 @@ def test_the_protocol_of_peers(harness: Any, tmp_path: Path) -> None:
             peer.run(3, 4, 9)
     finally:
         peer.close()
+
+
+def test_a_chart_shows_the_newest_run_beside_peers_from_elsewhere(
+    harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    import charts
+
+    def record(date: str, *names: str, size: str = "full") -> str:
+        return json.dumps({"date": date, "size": size, "cases": [{"name": n} for n in names]})
+
+    ours, openvino = "engine, W, one task", "openvino, W, base model"
+    one_stream = "vllm, W1, base model"
+    runs = [
+        record("1", ours, openvino),
+        record("2", ours, openvino, one_stream),
+        record("3", ours, "transformers, W, base model", "peft, W, one task, one batch"),
+        record("4", ours, openvino, "a case of a smaller run", size="smoke"),
+    ]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/throughput.jsonl").write_text("\n".join(runs))
+    monkeypatch.setattr(charts, "BENCH", tmp_path)
+    shown = charts.newest("throughput", "full")
+    assert [case["name"] for case in shown["cases"]] == [ours, openvino, one_stream]
+    assert charts.newest("latency", "full") is None
+    del sys.modules["charts"]
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_a_connection_reads_each_answer_whole(harness: Any, pieces: int) -> None:
+    import harness.load
+
+    def answer(status: str, text: bytes) -> bytes:
+        return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status.encode(), len(text), text)
+
+    answers = [answer("200 OK", b"{}"), answer("200 OK", b"x" * 5000), answer("409 No", b"why")]
+    asked = []
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for data in answers:
+                asked.append(connection.recv(4096).split(b"\r\n")[0])
+                step = -(-len(data) // pieces)
+                for begin in range(0, len(data), step):
+                    connection.sendall(data[begin : begin + step])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=serve)
+        server.start()
+        connection = harness.load.Connection(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        connection.post("/a", {})
+        connection.post("/b", {})
+        with pytest.raises(RuntimeError, match="/c: why"):
+            connection.post("/c", {})
+        server.join()
+        with pytest.raises((RuntimeError, OSError)):
+            connection.post("/d", {})
+        connection.close()
+    assert asked == [b"POST /%c HTTP/1.1" % name for name in b"abc"]
