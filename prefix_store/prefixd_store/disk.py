@@ -18,7 +18,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prefixd_store.base import (
@@ -199,21 +199,25 @@ class DiskStore(RecordStore):
         # All is read while others make changes; with them kept out, only what changed meanwhile.
         event, rows = self._records.of_tenant(tenant)
         used = self._blobs_of(rows)
-        folder = self._tenants / tenant / "blobs"
-        unused = [
-            p for p in folder.glob("*.safetensors") if is_sha256(p.stem) and p.stem not in used
-        ]
-        if not any(path.stat().st_mtime <= cutoff for path in unused):
+        if not self._unused(tenant, used, cutoff):
             return 0
-        freed = 0
         with self._records.changing() as connection:
             used |= self._blobs_of(self._records.changed_since(connection, tenant, event))
+            unused = self._unused(tenant, used, cutoff)
             for path in unused:
-                stat = path.stat()
-                if path.stem not in used and stat.st_mtime <= cutoff:
-                    path.unlink()
-                    freed += stat.st_size
-        return freed
+                path.unlink()
+        return sum(unused.values())
+
+    def _unused(self, tenant: str, used: set[str], cutoff: float) -> dict[Path, int]:
+        """Blobs that nobody names and nobody touched since ``cutoff``, and their sizes."""
+        sizes = {}
+        for path in (self._tenants / tenant / "blobs").glob("*.safetensors"):
+            if is_sha256(path.stem) and path.stem not in used:
+                with suppress(FileNotFoundError):  # another server collects, too
+                    stat = path.stat()
+                    if stat.st_mtime <= cutoff:
+                        sizes[path] = stat.st_size
+        return sizes
 
     def _blobs_of(self, rows: list[Row]) -> set[str]:
         return {sha256 for row in rows for sha256 in blobs_of(self._decoded(row))}

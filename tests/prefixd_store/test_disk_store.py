@@ -158,6 +158,32 @@ def test_writers_and_sweepers_do_not_disturb_each_other(root: Path, disk: DiskSt
     assert [(root / f"{n}").read_text() for n in range(200)] == [f"{n}" for n in range(200)]
 
 
+def test_two_servers_may_collect_the_same_garbage(
+    root: Path, disk: DiskStore, blob: MakeBlob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    litter = [blob(10), blob(10)]
+    for upload in litter:
+        put(disk, "gone", upload)
+    disk.delete_task(TENANT, "gone")
+    freed_by_other = []
+    unused = DiskStore._unused
+
+    def unused_and_collected(store: DiskStore, *arguments: Any) -> dict[Path, int]:
+        """The other server is faster: between this one's looks, and amid its listing."""
+        found = unused(store, *arguments)
+        monkeypatch.setattr(DiskStore, "_unused", unused)
+        freed_by_other.append(DiskStore(root).collect_garbage(grace_seconds=0))
+        return found
+
+    monkeypatch.setattr(DiskStore, "_unused", unused_and_collected)
+    assert disk.collect_garbage(grace_seconds=0) == 0
+    assert freed_by_other == [20]
+
+    listed = [blob_path(root, upload) for upload in litter]
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(listed))
+    assert disk._unused(TENANT, set(), float("inf")) == {}
+
+
 @pytest.mark.parametrize("between", ["published", "released", "damaged"])
 def test_what_changes_while_garbage_is_looked_for_is_kept(
     root: Path, disk: DiskStore, blob: MakeBlob, monkeypatch: pytest.MonkeyPatch, between: str

@@ -28,7 +28,7 @@ class Inputs:
         self.query_names = frozenset(field.alias for field in signature.query_params)
         self.takes_json = bool(signature.body_params)
         self._signature = signature
-        self._asked: list[Any] = signature.dependencies
+        self._asked: list[Any] = signature.dependencies  # Any: their calls are all coroutines
 
     async def read(self, request: Request, response: Response) -> dict[str, Any]:
         """The function's arguments. Raises InvalidRequest that names each one that is refused."""
@@ -88,4 +88,4 @@ def _refuse_what_is_not_read(signature: Dependant) -> None:
         if not iscoroutinefunction(declared.call):
             raise NotImplementedError(f"{declared.call} is not a coroutine function")
         if declared.background_tasks_param_name or declared.http_connection_param_name:
-            raise NotImplementedError(f"{declared.call} takes neither a request nor a response")
+            raise NotImplementedError(f"{declared.call} takes what no route is given")
